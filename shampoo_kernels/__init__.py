@@ -1,0 +1,8 @@
+"""Kernels for Shampoo-type optimizers: Gram statistics, inverse roots, Kronecker power steps."""
+
+from shampoo_kernels.chooser import backends, use_backend
+from shampoo_kernels.ops.gram_ema import gram_ema_
+
+__version__ = "0.1.0"
+
+__all__ = ["backends", "gram_ema_", "use_backend"]

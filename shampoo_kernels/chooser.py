@@ -1,0 +1,119 @@
+"""Which kernel serves which call: a pure function of op, device and dtype over one table."""
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from shampoo_kernels import native
+
+BACKENDS = ("reference", "native", "triton")
+
+
+class Row(NamedTuple):
+    op: str
+    device: str
+    backend: str
+    dtypes: tuple[torch.dtype, ...]
+    what: str
+
+
+class Served(NamedTuple):
+    """One cell of `backends()`: the backend in use, and why not a faster one."""
+
+    backend: str
+    reason: str
+
+
+# The reference serves every op, device and dtype that no row names.
+TABLE = (
+    Row("gram_ema_", "cpu", "native", (torch.float32,), "triangular micro-kernel"),
+    Row("kronecker_power_step", "cpu", "native", (torch.float32,), "triangular micro-kernel"),
+    Row("eigenvalue_bound", "cpu", "native", (torch.float32, torch.float64), "one pass per block"),
+    Row("inverse_root", "cpu", "native", (torch.float32, torch.float64), "one LAPACK call a block"),
+)
+OPS = (
+    "gram_ema_",
+    "inverse_root",
+    "eigenvalue_bound",
+    "power_iteration",
+    "orthogonal_iteration",
+    "kronecker_power_step",
+    "precondition",
+    "orthogonalize",
+)
+
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+def choose(op: str, device: str, dtype: torch.dtype) -> str:
+    """The backend that serves `op` on tensors of this device type and dtype.
+
+    An override (`use_backend`, or SHAMPOO_KERNELS_BACKEND) is a preference: an op that the named
+    backend does not have takes the reference. A backend that is absent altogether raises.
+    """
+    wanted = _override.get() or os.environ.get("SHAMPOO_KERNELS_BACKEND") or None
+    if wanted is not None:
+        _check_present(wanted)
+    for row in TABLE:
+        if (row.op, row.device) == (op, device) and dtype in row.dtypes:
+            if wanted not in (None, row.backend) or why_absent(row) is not None:
+                continue
+            return row.backend
+    return "reference"
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Prefer one backend, "reference", "native" or "triton", inside a `with` block of this thread.
+
+    Raises ValueError for another name, RuntimeError where that backend is absent (the reason said).
+    """
+    _check_present(name)
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def why_absent(row: Row) -> str | None:
+    """Why the kernel of this row cannot run here, or None where it can."""
+    if row.backend == "native" and native.lib is None:
+        return native.why_not
+    if row.op == "inverse_root" and not native.lib.has_lapack():
+        return "this torch exports no LAPACK (ssyevd_), so blocks go through torch.linalg.eigh"
+    return None
+
+
+def backends() -> dict[str, dict[str, Served]]:
+    """What serves every op on every kind of device, and why not something faster.
+
+    Returns {op: {device: Served(backend, reason)}}, the device being "cpu", "cuda" or "other".
+    """
+    return {op: {d: _served(op, d) for d in ("cpu", "cuda", "other")} for op in OPS}
+
+
+def _served(op: str, device: str) -> Served:
+    rows = [row for row in TABLE if (row.op, row.device) == (op, device)]
+    for row in rows:
+        absent = why_absent(row)
+        if absent is not None:
+            return Served("reference", f"{row.backend} is absent: {absent}")
+        if choose(op, device, row.dtypes[0]) == row.backend:
+            names = ", ".join(str(d).removeprefix("torch.") for d in row.dtypes)
+            return Served(row.backend, f"{row.what}, {names}")
+        return Served("reference", f"{row.backend} is overridden")
+    return Served("reference", "no other kernel of this op yet")
+
+
+def _check_present(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "native" and native.lib is None:
+        raise RuntimeError(f"the native backend is absent: {native.why_not}")
+    if name == "triton" and not any(row.backend == "triton" for row in TABLE):
+        raise RuntimeError("the triton backend is absent: this version has no Triton kernels")

@@ -1,0 +1,172 @@
+"""Gram accumulation: stat <- beta*stat + alpha*G W Gᵀ."""
+
+import torch
+from torch import Tensor
+
+from shampoo_kernels.chooser import choose
+from shampoo_kernels.ops import common
+
+SIDES = ("left", "right")
+_OP = "gram_ema_"
+
+
+def gram_ema_(
+    stat: Tensor,
+    grad: Tensor,
+    beta: float | Tensor,
+    alpha: float | Tensor,
+    *,
+    side: str,
+    weight: Tensor | None = None,
+    precision: str = "highest",
+) -> Tensor:
+    """Update Shampoo's statistic in place: stat <- beta*stat + alpha*G W Gᵀ; returns `stat`.
+
+    Only the lower triangle of `stat` is read and both are written, so that it is exactly symmetric
+    afterwards. Products of 16-bit gradients are exact and summed in float32.
+
+    Args:
+        stat: (*, m, m) for side="left", (*, n, n) for side="right"; float32, or float64.
+        grad: (*, m, n), any strides; float32, bfloat16, float16, or float64 into a float64 `stat`.
+        beta: decay; a float, or a tensor of one element or of one per block (B,) on the device of
+            `stat`. Where it is 0, `stat` is not read.
+        alpha: weight of the new term; as `beta`. Where it is 0, `grad` is not read.
+        side: "left" for G W Gᵀ, "right" for Gᵀ W G.
+        weight: W, (*, n, n) for side="left", (*, m, m) for side="right", symmetric, dtype of
+            `stat`; None is the identity.
+        precision: of float32 products on a GPU: "highest", "high" or "medium".
+
+    Raises:
+        TypeError: a dtype that is not listed; ValueError: any other mismatch, or a tensor that
+        requires grad. Nothing is changed then.
+
+    Source: Gupta, Koren, Singer 2018 (arXiv 1802.09568); the weight: Morwani et al. 2024
+    (arXiv 2406.17748), one step of the power iteration.
+    """
+    common.check_tensors(_OP, stat=stat, grad=grad, weight=weight)
+    if stat.ndim < 2 or grad.ndim != stat.ndim or grad.shape[:-2] != stat.shape[:-2]:
+        raise ValueError(
+            f"{_OP}: stat (*, n, n) and grad (*, m, n) must share their batch dimensions, "
+            f"got {tuple(stat.shape)} and {tuple(grad.shape)}"
+        )
+    beta, beta_tensor = _scalar("beta", beta, stat)
+    alpha, alpha_tensor = _scalar("alpha", alpha, stat)
+    torch.ops.shampoo_kernels.gram_ema_(
+        common.stack_view(_OP, "stat", stat),
+        common.stack(grad),
+        beta,
+        alpha,
+        side=side,
+        weight=None if weight is None else common.stack(weight),
+        beta_tensor=beta_tensor,
+        alpha_tensor=alpha_tensor,
+        precision=precision,
+    )
+    return stat
+
+
+def _scalar(name: str, value: object, stat: Tensor) -> tuple[float, Tensor | None]:
+    """A float, or a flat tensor in the dtype of `stat` that takes its place."""
+    common.check_tensors(_OP, **({name: value} if isinstance(value, Tensor) else {}))
+    if isinstance(value, Tensor):
+        return 0.0, value.reshape(-1).to(stat.dtype)
+    if isinstance(value, (int, float)):
+        return float(value), None
+    raise TypeError(f"{_OP}: {name} must be a float or a tensor, got {type(value).__name__}")
+
+
+def accumulate_(
+    stat: Tensor,
+    grads: Tensor,
+    weight: Tensor | None,
+    beta: float,
+    alpha: float,
+    beta_tensor: Tensor | None = None,
+    alpha_tensor: Tensor | None = None,
+    *,
+    backend: str,
+) -> None:
+    """stat <- beta*stat + alpha * sum_s G_s W G_sᵀ: stat (B, m, m), grads (B, S, m, n), W (B, n, n)."""
+    left = grads if weight is None else torch.matmul(grads.to(stat.dtype), weight.unsqueeze(1))
+    if backend == "native":
+        inner = stat if stat.stride(-1) == 1 and stat.stride(-2) >= stat.shape[-1] else stat.contiguous()
+        torch.ops.shampoo_kernels_native.gram_ema_(
+            inner, left, grads, beta, alpha, beta_tensor, alpha_tensor
+        )
+        if inner is not stat:
+            stat.copy_(inner)
+        return
+    accumulate_ref_(stat, left, grads, beta if beta_tensor is None else beta_tensor.view(-1, 1, 1),
+                    alpha if alpha_tensor is None else alpha_tensor.view(-1, 1, 1))
+
+
+def accumulate_ref_(
+    stat: Tensor, left: Tensor, grads: Tensor, beta: float | Tensor, alpha: float | Tensor
+) -> None:
+    """stat <- beta*stat + alpha * sum_s left_s G_sᵀ by torch; beta, alpha: floats or (1 or B, 1, 1)."""
+    left, right = (x.to(stat.dtype).transpose(1, 2).flatten(2) for x in (left, grads))  # (B, m, S*n)
+    old = _times(beta, stat)
+    new = _times(alpha, torch.bmm(left, right.mT))
+    stat.copy_(common.mirror_lower(old + new))
+
+
+def _times(factor: float | Tensor, x: Tensor) -> Tensor:
+    """factor * x, where a factor of 0 hides even the NaN in x."""
+    if isinstance(factor, Tensor):
+        return torch.where(factor == 0, 0, factor * x)
+    return torch.zeros_like(x) if factor == 0 else factor * x
+
+
+def _check(
+    stat, grad, beta, alpha, *, side, weight=None, beta_tensor=None, alpha_tensor=None,
+    precision="highest",
+) -> None:  # fmt: skip
+    common.check_option(_OP, "side", side, SIDES)
+    common.check_option(_OP, "precision", precision, common.PRECISIONS)
+    common.check_dtype(_OP, "stat", stat, common.MASTERS)
+    common.check_dtype(_OP, "grad", grad, common.FLOATS)
+    if grad.dtype == torch.float64 and stat.dtype != torch.float64:
+        raise TypeError(f"{_OP}: a float64 grad needs a float64 stat, got {common.describe(stat)}")
+    if grad.ndim != 3:
+        raise ValueError(f"{_OP}: grad must be (B, m, n), got {tuple(grad.shape)}")
+    batch, m, n = grad.shape
+    kept, summed = (m, n) if side == "left" else (n, m)
+    why = f'for grad {tuple(grad.shape)} with side="{side}"'
+    common.check_shape(_OP, "stat", stat, (batch, kept, kept), why)
+    if weight is not None:
+        common.check_dtype(_OP, "weight", weight, (stat.dtype,))
+        common.check_shape(_OP, "weight", weight, (batch, summed, summed), why)
+    for name, factor in (("beta", beta_tensor), ("alpha", alpha_tensor)):
+        if factor is not None:
+            common.check_dtype(_OP, name, factor, (stat.dtype,))
+            if tuple(factor.shape) not in ((1,), (batch,)):
+                raise ValueError(
+                    f"{_OP}: {name} must have one element or {batch}, one per block, "
+                    f"got {tuple(factor.shape)}"
+                )
+    common.check_same_device(
+        _OP, stat, grad=grad, weight=weight, beta=beta_tensor, alpha=alpha_tensor
+    )
+
+
+def _implementation(
+    stat, grad, beta, alpha, *, side, weight=None, beta_tensor=None, alpha_tensor=None,
+    precision="highest",
+) -> None:  # fmt: skip
+    _check(
+        stat, grad, beta, alpha, side=side, weight=weight, beta_tensor=beta_tensor,
+        alpha_tensor=alpha_tensor, precision=precision,
+    )  # fmt: skip
+    common.check_apart(_OP, "stat", stat, grad=grad, weight=weight)
+    grads = (grad if side == "left" else grad.mT).unsqueeze(1)
+    backend = choose(_OP, stat.device.type, stat.dtype)
+    accumulate_(stat, grads, weight, beta, alpha, beta_tensor, alpha_tensor, backend=backend)
+
+
+common.register(
+    "gram_ema_(Tensor(a!) stat, Tensor grad, float beta, float alpha, *, str side, "
+    "Tensor? weight=None, Tensor? beta_tensor=None, Tensor? alpha_tensor=None, "
+    'str precision="highest") -> ()',
+    _implementation,
+    _check,
+)
