@@ -2,7 +2,13 @@
 
 from shampoo_kernels.chooser import backends, use_backend
 from shampoo_kernels.ops.gram_ema import gram_ema_
+from shampoo_kernels.schedules import minimax_coefficients
 
 __version__ = "0.1.0"
 
-__all__ = ["backends", "gram_ema_", "use_backend"]
+__all__ = [
+    "backends",
+    "gram_ema_",
+    "minimax_coefficients",
+    "use_backend",
+]
