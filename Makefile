@@ -1,0 +1,79 @@
+# make demo | test | test-all | lint | bench | clean
+#   PYTHON=python3.12   the interpreter for .venv (needs 3.11 or later)
+#   TORCH=cpu           the CPU build of torch; the default where there is no NVIDIA driver
+#   TORCH=pypi          PyPI's torch (on Linux with CUDA); the default where there is one
+#   TORCH=installed     the torch of PYTHON itself; nothing is downloaded for it
+#   ARGS='--quick'      passed on to the demo
+
+PYTHON ?= python3
+TORCH ?= $(if $(shell command -v nvidia-smi),pypi,cpu)
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+BUILD_INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+
+PIP := $(PY) -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet
+CONSTRAINTS := -c $(VENV)/constraints.txt
+TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
+EDITABLE = $(INSTALL) $(CONSTRAINTS) --no-build-isolation --editable
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(VENV)/.demo
+	@$(PY) -m shampoo_kernels demo $(ARGS)
+
+test: $(VENV)/.test
+	@$(PY) -m pytest -q -m "not slow"
+
+test-all: $(VENV)/.test
+	@$(PY) -m pytest -q
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	$(PY) -m mypy
+
+bench: $(VENV)/.test
+	@$(PY) -m pytest -q bench --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info shampoo_kernels/_build.json shampoo_kernels/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Each file stands for a finished installation, so that the next call starts at once.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo 'shampoo_kernels needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ...'; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	    || { echo '$(PYTHON) cannot make virtual environments: on Debian or Ubuntu, apt install python3-venv'; exit 1; }
+	$(PYTHON) -m venv $(if $(filter installed,$(TORCH)),--system-site-packages) $(VENV)
+	@touch $@
+
+# torch comes first and alone: what follows finds it installed and brings no CUDA libraries along.
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+ifeq ($(TORCH),installed)
+	@$(PY) -c 'import torch' || { echo 'TORCH=installed, but $(PYTHON) has no torch'; exit 1; }
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+else
+	@cp constraints.txt $(VENV)/constraints.txt
+	@echo "Installing torch ($(TORCH)) ..."
+	@$(INSTALL) $(CONSTRAINTS) $(TORCH_INDEX) torch
+endif
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(BUILD_INPUTS)
+	@echo "Installing the requirements and building the extension ..."
+	@$(INSTALL) $(CONSTRAINTS) setuptools ninja pybind11
+	@$(EDITABLE) '.[demo]'
+	@$(PY) -c 'from shampoo_kernels import native; print("native kernels:", native.why_not or "built")'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@$(EDITABLE) '.[demo,test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@$(EDITABLE) '.[demo,test,dev]'
+	@touch $@

@@ -1,0 +1,38 @@
+"""The compiled extension, or one line that says why it is absent. Importing this never raises.
+
+lib: the module `shampoo_kernels._C`, whose import registers `torch.ops.shampoo_kernels_native.*`.
+why_not: None when lib is there.
+facts: what the build left behind (_build.json); empty when the package was never built.
+"""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch  # noqa: F401  (_C resolves its symbols in the libraries that torch has loaded)
+
+
+def _read_facts() -> dict[str, Any]:
+    try:
+        return json.loads(Path(__file__).with_name("_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _load(facts: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
+    if not facts:
+        return None, "not built: install the package, `pip install --no-build-isolation -e .`"
+    if not facts["native"]:
+        return None, f"not built: {facts['why_not']}"
+    try:
+        return importlib.import_module("shampoo_kernels._C"), None
+    except (ImportError, RuntimeError, OSError) as error:
+        message = " ".join(str(error).split())
+        built = f"built with torch {facts['torch']}, this is torch {torch.__version__}"
+        return None, f"does not load: {message} ({built})"
+
+
+facts = _read_facts()
+lib, why_not = _load(facts)
