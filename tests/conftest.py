@@ -1,0 +1,23 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder of image and text files: SHAMPOO_KERNELS_DATA, or shared/data beside the project."""
+    beside = Path(__file__).resolve().parents[2] / "shared/data"
+    folder = Path(os.environ.get("SHAMPOO_KERNELS_DATA") or beside)
+    if not folder.is_dir():
+        pytest.skip(f"no data: set SHAMPOO_KERNELS_DATA, there is no {folder}")
+    return folder
