@@ -1,6 +1,7 @@
 """Kernels for Shampoo-type optimizers: Gram statistics, inverse roots, Kronecker power steps."""
 
 from shampoo_kernels.chooser import backends, use_backend
+from shampoo_kernels.ops.eigenvalue_bound import eigenvalue_bound
 from shampoo_kernels.ops.gram_ema import gram_ema_
 from shampoo_kernels.schedules import minimax_coefficients
 
@@ -8,6 +9,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "backends",
+    "eigenvalue_bound",
     "gram_ema_",
     "minimax_coefficients",
     "use_backend",
