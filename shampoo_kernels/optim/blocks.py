@@ -1,0 +1,91 @@
+"""How parameters are cut into blocks, and how blocks of one shape are put together.
+
+Everything here is a function of the *global* shapes alone: no tensors, no devices, no ranks.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+LEFT, RIGHT = "left", "right"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One parameter seen as a matrix (m, n), the sides with a factor, its pieces (rows, columns)."""
+
+    matrix: tuple[int, int]
+    sides: tuple[str, ...]
+    pieces: tuple[tuple[slice, slice], ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One m x n piece of one parameter; `index` counts the pieces of that parameter."""
+
+    parameter: int
+    index: int
+    rows: slice
+    cols: slice
+
+
+class StackKey(NamedTuple):
+    """What blocks must have in common to be one tensor (B, m, n)."""
+
+    m: int
+    n: int
+    sides: tuple[str, ...]
+    rest: Hashable
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Drop dimensions of size 1, then first dimension x all others: (64, 3, 3, 3) -> (64, 27).
+
+    Scalars and vectors become one row (1, n).
+    """
+    wide = [size for size in shape if size != 1]
+    if len(wide) < 2:
+        return 1, math.prod(wide)
+    return wide[0], math.prod(wide[1:])
+
+
+def cut(
+    shape: Sequence[int],
+    p: tuple[float | None, float | None],
+    block_size: int,
+    max_dimension: int,
+) -> Cut:
+    """Cut a parameter of `shape` into blocks of at most block_size on each side with a factor.
+
+    A side has a factor when its p is not None and it is at most max_dimension long; a side
+    without one is not split. Vectors, scalars, and matrices without any factor are one row.
+    """
+    m, n = matrix_shape(shape)
+    sides = tuple(
+        side
+        for side, size, root in ((LEFT, m, p[0]), (RIGHT, n, p[1]))
+        if m > 1 and root is not None and size <= max_dimension
+    )
+    if m * n == 0:
+        return Cut((m, n), (), ())
+    if not sides:
+        return Cut((1, m * n), (), ((slice(0, 1), slice(0, m * n)),))
+    rows = _split(m, block_size if LEFT in sides else m)
+    cols = _split(n, block_size if RIGHT in sides else n)
+    return Cut((m, n), sides, tuple((r, c) for r in rows for c in cols))
+
+
+def _split(size: int, piece: int) -> list[slice]:
+    """[0, size) in pieces of `piece`, the last one shorter, as torch.split does."""
+    return [slice(start, min(start + piece, size)) for start in range(0, size, piece)]
+
+
+def stack_blocks(cuts: Sequence[Cut], rest: Sequence[Hashable]) -> dict[StackKey, list[Block]]:
+    """All blocks of `cuts`, grouped by shape, sides and rest[parameter], in order of parameters."""
+    stacks: dict[StackKey, list[Block]] = {}
+    for parameter, (one, extra) in enumerate(zip(cuts, rest, strict=True)):
+        for index, (rows, cols) in enumerate(one.pieces):
+            key = StackKey(rows.stop - rows.start, cols.stop - cols.start, one.sides, extra)
+            stacks.setdefault(key, []).append(Block(parameter, index, rows, cols))
+    return stacks

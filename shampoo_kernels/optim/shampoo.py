@@ -1,0 +1,140 @@
+"""Shampoo as a torch.optim optimizer: it gathers state; the work is in update.py."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo_kernels.optim import options, saving
+from shampoo_kernels.optim.plan import Plan, check_gradients
+
+
+class Shampoo(torch.optim.Optimizer):
+    """Shampoo as the square of the original: W <- W - lr * tr(L)^(1/p) L^(-1/p) M R^(-1/p).
+
+    L and R are running averages of G Gᵀ and Gᵀ G over blocks of every weight matrix, M of G. With
+    graft="adam" every block's update takes the norm of AdamW's, so that a learning rate for AdamW
+    carries over. Parameters without a factor (vectors, scalars, and groups with
+    precondition=False) run AdamW itself, so one optimizer covers a model. Every option can be set
+    per param group. Moments, statistics and roots are float32, float64 for float64 parameters.
+
+    Args:
+        params: parameters, named parameters or param groups, as in torch.optim.
+        lr: learning rate; a number, or a tensor of one element.
+        betas: decay of the momentum, and of the squared gradients of the graft.
+        eps: added to the root of the squared gradients.
+        weight_decay: decoupled, as in AdamW: W is multiplied by 1 - lr * weight_decay.
+        shampoo_beta: decay of L and R.
+        p: the root, a number or (left, right); None on a side: no factor there. 2 is the paper's,
+            4 the original Shampoo, 1 the Hessian view.
+        ridge: L + ridge * eigenvalue_bound(L) * I is what gets inverted, and R likewise.
+        statistic: "shampoo".
+        graft: "adam", or None: the update's own scale.
+        block_size: longer sides are split into blocks of at most this length.
+        max_dimension: a side longer than this has no factor and is not split.
+        refresh_every: the roots of a block are computed anew every so many steps; in each step
+            those of every so many-th block are.
+        start_step: the first step that is preconditioned; before it the graft alone is used.
+        root_method, precision: as in `inverse_root`; "auto" is "eigh" on a CPU.
+        nesterov: look ahead by one gradient in the momentum.
+        maximize: ascend.
+        capturable: keep `step` on the device, as in torch.optim; for parameters on an accelerator.
+        root_dtype: dtype in which the roots are kept; None is that of the statistics.
+        precondition: False runs AdamW.
+        process_group: None; sharing the work over processes is not supported yet.
+
+    A block with a gradient that is not finite (or whose squares overflow) stands still: weights,
+    moments, statistics, roots and its step count keep their values. Gradients may come late or be
+    missing in some steps. Tensors with dimensions beyond two are seen as first x all others.
+
+    Raises:
+        ValueError: an option that is not allowed, at construction and in add_param_group;
+        RuntimeError: sparse gradients, complex parameters, at the first step, which changes nothing.
+
+    Sources: Gupta, Koren, Singer 2018 (arXiv 1802.09568); Morwani et al. 2024 (arXiv 2406.17748),
+    H ≈ L ⊗ R / tr L; grafting: Anil et al. 2020 (arXiv 2002.09018); AdamW: arXiv 1711.05101.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        shampoo_beta: float = 0.95,
+        p: float | tuple[float | None, float | None] = 2,
+        ridge: float = 1e-6,
+        statistic: str = "shampoo",
+        graft: str | None = "adam",
+        block_size: int = 1024,
+        max_dimension: int = 8192,
+        refresh_every: int = 10,
+        start_step: int = 10,
+        root_method: str = "auto",
+        precision: str = "highest",
+        nesterov: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        root_dtype: torch.dtype | None = None,
+        precondition: bool = True,
+        process_group: None = None,
+    ) -> None:
+        given = dict(locals())
+        defaults = {name: given[name] for name in options.NAMES}
+        options.check(defaults)
+        self._plans: dict[int, Plan] = {}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group, whose options are checked before anything is changed."""
+        if isinstance(param_group, dict):
+            checked = {**self.defaults, **param_group}
+            options.check(checked)
+            param_group = {**param_group, **{name: checked[name] for name in options.NAMES}}
+        super().add_param_group({**param_group, "version": saving.VERSION})
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Make one step; `closure` computes the loss again and returns it."""
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            check_gradients(group)
+        for plan in [self._plan(i, group) for i, group in enumerate(self.param_groups)]:
+            plan.step_()
+        return loss
+
+    def state_dict(self) -> dict:
+        """As in torch.optim, except that the tensors are copies: a snapshot."""
+        with saving.copying_tensors(self):
+            return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As in torch.optim, except that floating state keeps the dtype in which it was saved.
+
+        Raises:
+            ValueError: a state dict that does not fit these parameters; nothing is changed then.
+        """
+        with saving.keeping_dtypes(self):
+            super().load_state_dict(state_dict)
+
+    def _plan(self, number: int, group: dict) -> Plan:
+        """How to step a group, made anew when it or its state are no longer what they were."""
+        plan = self._plans.get(number)
+        if plan is None or not plan.fits(group, self.state):
+            options.check(group)
+            plan = self._plans[number] = Plan(group, self.state)
+        return plan
