@@ -3,6 +3,7 @@
 from shampoo_kernels.chooser import backends, use_backend
 from shampoo_kernels.ops.eigenvalue_bound import eigenvalue_bound
 from shampoo_kernels.ops.gram_ema import gram_ema_
+from shampoo_kernels.ops.power_iteration import power_iteration
 from shampoo_kernels.schedules import minimax_coefficients
 
 __version__ = "0.1.0"
@@ -12,5 +13,6 @@ __all__ = [
     "eigenvalue_bound",
     "gram_ema_",
     "minimax_coefficients",
+    "power_iteration",
     "use_backend",
 ]

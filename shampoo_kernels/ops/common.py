@@ -40,6 +40,11 @@ def check_option(op: str, name: str, given: object, options: tuple) -> None:
         raise ValueError(f"{op}: {name} must be {words(options)}, got {given!r}")
 
 
+def check_integer(op: str, name: str, given: object) -> None:
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {type(given).__name__}")
+
+
 def check_dtype(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
