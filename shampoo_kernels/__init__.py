@@ -3,6 +3,7 @@
 from shampoo_kernels.chooser import backends, use_backend
 from shampoo_kernels.ops.eigenvalue_bound import eigenvalue_bound
 from shampoo_kernels.ops.gram_ema import gram_ema_
+from shampoo_kernels.ops.orthogonal_iteration import orthogonal_iteration
 from shampoo_kernels.ops.power_iteration import power_iteration
 from shampoo_kernels.schedules import minimax_coefficients
 
@@ -13,6 +14,7 @@ __all__ = [
     "eigenvalue_bound",
     "gram_ema_",
     "minimax_coefficients",
+    "orthogonal_iteration",
     "power_iteration",
     "use_backend",
 ]

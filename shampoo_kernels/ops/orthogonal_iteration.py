@@ -1,0 +1,94 @@
+"""Orthogonal iteration: an eigenbasis kept up to date by products and a QR decomposition."""
+
+import torch
+from torch import Tensor
+
+from shampoo_kernels.ops import common
+
+_OP = "orthogonal_iteration"
+
+
+def orthogonal_iteration(A: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """`steps` times Q <- orth((A + lift*I) Q), the QR step of SOAP-type optimizers.
+
+    The lift, max(1e-8, min(64*n*eps, 1/8)) times the largest |eigenvalue estimate|, keeps the null
+    space of a rank-deficient A where Q has it, and the columns' signs are fixed by diag(R) >= 0:
+    columns move continuously, in their order, and are not sorted.
+
+    Args:
+        A: (*, n, n) float32 or float64, symmetric; both triangles are read.
+        Q: (*, n, n), dtype of A, with orthonormal columns; not changed.
+        steps: at least 1.
+
+    Returns:
+        (eigenvalues, Q): (*, n), the diagonal of QᵀAQ with the *new* Q, and (*, n, n). A zero block
+        gives zeros and its Q (to rounding). A block where A, Q or A Q is not finite gives NaN and
+        its Q as it was; no block touches another.
+
+    Raises:
+        TypeError: another dtype or type; ValueError: another shape or value, or a tensor that
+        requires grad.
+
+    Sources: Golub and Van Loan, Matrix Computations, section 8.2; SOAP (arXiv 2409.11321).
+    """
+    common.check_tensors(_OP, A=A, Q=Q)
+    common.check_square(_OP, "A", A, batched=False)
+    common.check_shape(_OP, "Q", Q, tuple(A.shape), "as A")
+    common.check_integer(_OP, "steps", steps)
+    eigenvalues, new = torch.ops.shampoo_kernels.orthogonal_iteration(
+        common.stack(A), common.stack(Q), steps
+    )
+    return eigenvalues.reshape(A.shape[:-1]), new.reshape(A.shape)
+
+
+def orthogonal_iteration_ref(A: Tensor, Q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """(B, n, n), (B, n, n) -> (B, n), (B, n, n) by torch."""
+    if A.numel() == 0:
+        return A.new_empty(A.shape[:-1]), Q.clone()
+    lift = max(1e-8, min(64 * A.shape[-1] * torch.finfo(A.dtype).eps, 0.125))
+    Z = A @ Q
+    for _ in range(steps):
+        estimates = (Q * Z).sum(-2, keepdim=True)  # (B, 1, n)
+        Q = _orthonormal(Z + lift * estimates.abs().amax(-1, keepdim=True) * Q, Q)
+        Z = A @ Q
+    eigenvalues = (Q * Z).sum(-2)
+    finite = Z.isfinite().flatten(1).all(1) & eigenvalues.isfinite().all(1)
+    return torch.where(finite[:, None], eigenvalues, torch.nan), Q
+
+
+def _orthonormal(Z: Tensor, Q: Tensor) -> Tensor:
+    """The Q factor of every Z with diag(R) >= 0; Q where Z is zero or not finite."""
+    size = Z.abs().amax((-2, -1), keepdim=True)
+    usable = (size > 0) & size.isfinite()
+    # Scaled, so that no norm of a column overflows; LAPACK never sees a number that is not finite.
+    new, R = torch.linalg.qr(torch.where(usable, Z / torch.where(usable, size, 1.0), 0.0))
+    negative = R.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) < 0
+    return torch.where(usable, torch.where(negative, -new, new), Q)
+
+
+def _check(A: Tensor, Q: Tensor, steps: int) -> None:
+    common.check_dtype(_OP, "A", A, common.MASTERS)
+    common.check_square(_OP, "A", A)
+    common.check_dtype(_OP, "Q", Q, (A.dtype,))
+    common.check_shape(_OP, "Q", Q, tuple(A.shape), "as A")
+    common.check_same_device(_OP, A, Q=Q)
+    if steps < 1:
+        raise ValueError(f"{_OP}: steps must be at least 1, got {steps}")
+
+
+def _implementation(A: Tensor, Q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    _check(A, Q, steps)
+    eigenvalues, new = orthogonal_iteration_ref(A, Q, steps)
+    return eigenvalues, new.contiguous()
+
+
+def _fake(A: Tensor, Q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    _check(A, Q, steps)
+    return A.new_empty(A.shape[:-1]), A.new_empty(A.shape)
+
+
+common.register(
+    "orthogonal_iteration(Tensor A, Tensor Q, int steps) -> (Tensor, Tensor)",
+    _implementation,
+    _fake,
+)
