@@ -78,10 +78,10 @@ def check_square(op: str, name: str, tensor: Tensor, batched: bool = True) -> No
         raise ValueError(f"{op}: {name} must be {expected}, got {tuple(tensor.shape)}")
 
 
-def check_tensors(op: str, **tensors: object) -> None:
-    """Public functions: every argument is a tensor (or None) that needs no gradient."""
+def check_tensors(op: str, *optional: str, **tensors: object) -> None:
+    """Public functions: every argument is a tensor, or None where optional, that needs no gradient."""
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
@@ -92,11 +92,11 @@ def check_tensors(op: str, **tensors: object) -> None:
             )
 
 
-def stack(tensor: Tensor) -> Tensor:
-    """(*, m, n) -> (B, m, n); a view where the strides allow one, else a copy."""
-    if tensor.ndim == 3:
+def stack(tensor: Tensor, inner: int = 2) -> Tensor:
+    """(*, m, n) -> (B, m, n), the last `inner` kept; a view where the strides allow, else a copy."""
+    if tensor.ndim == inner + 1:
         return tensor
-    return tensor.reshape(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
+    return tensor.reshape(math.prod(tensor.shape[:-inner]), *tensor.shape[-inner:])
 
 
 def stack_view(op: str, name: str, tensor: Tensor) -> Tensor:

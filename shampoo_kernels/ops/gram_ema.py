@@ -43,7 +43,7 @@ def gram_ema_(
     Source: Gupta, Koren, Singer 2018 (arXiv 1802.09568); the weight: Morwani et al. 2024
     (arXiv 2406.17748), one step of the power iteration.
     """
-    common.check_tensors(_OP, stat=stat, grad=grad, weight=weight)
+    common.check_tensors(_OP, "weight", stat=stat, grad=grad, weight=weight)
     if stat.ndim < 2 or grad.ndim != stat.ndim or grad.shape[:-2] != stat.shape[:-2]:
         raise ValueError(
             f"{_OP}: stat (*, n, n) and grad (*, m, n) must share their batch dimensions, "
