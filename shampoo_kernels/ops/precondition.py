@@ -1,0 +1,138 @@
+"""Apply preconditioners: left @ G @ right and its squared norm, block by block."""
+
+import torch
+from torch import Tensor
+
+from shampoo_kernels.ops import common
+
+_OP = "precondition"
+
+
+def precondition(
+    grad: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    *,
+    out: Tensor | None = None,
+    precision: str = "highest",
+) -> tuple[Tensor, Tensor]:
+    """left @ G @ right for every block, and the squared Frobenius norm of the result.
+
+    Computed and returned in float32, in float64 if grad is float64.
+
+    Args:
+        grad: (*, m, n), any strides; float64, float32, bfloat16 or float16.
+        left: (*, m, m), or None for the identity; float64, float32 or bfloat16 (read in the dtype
+            of the result).
+        right: (*, n, n), or None for the identity; as `left`.
+        out: (*, m, n) in the dtype of the result, receives it; not one of the inputs.
+        precision: of float32 products on a GPU: "highest", "high" or "medium".
+
+    Returns:
+        (result (*, m, n), squared norm (*,)) in the dtype of the result. The squares of
+        a row are summed in that dtype and the rows in float64. In float32 a norm above 1.8e19
+        squares to inf, and rows with a norm below 1e-22 count as 0.
+
+    Raises:
+        TypeError: a dtype that is not listed; ValueError: any other mismatch, or a tensor that
+        requires grad.
+
+    Source: Gupta, Koren, Singer 2018 (arXiv 1802.09568).
+    """
+    common.check_tensors(_OP, "left", "right", "out", grad=grad, left=left, right=right, out=out)
+    if grad.ndim < 2:
+        raise ValueError(f"{_OP}: grad must be (*, m, n), got {tuple(grad.shape)}")
+    _check_factors(grad, left, right)  # here, where the shapes are the caller's
+    factors = (None if factor is None else common.stack(factor) for factor in (left, right))
+    if out is None:
+        result, norm = torch.ops.shampoo_kernels.precondition(
+            common.stack(grad), *factors, precision=precision
+        )
+        return result.reshape(grad.shape), norm.reshape(grad.shape[:-2])
+    common.check_shape(_OP, "out", out, tuple(grad.shape), "as grad")
+    norm = torch.ops.shampoo_kernels.precondition_(
+        common.stack_view(_OP, "out", out), common.stack(grad), *factors, precision=precision
+    )
+    return out, norm.reshape(grad.shape[:-2])
+
+
+def precondition_ref_(
+    out: Tensor, grad: Tensor, left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    """out (B, m, n) <- left (B, m, m) @ grad (B, m, n) @ right (B, n, n); returns (B,), by torch.
+
+    Both orders of the two products cost the same, m*n*(m + n).
+    """
+    left, right = (None if x is None else x.to(out.dtype) for x in (left, right))
+    grad = grad.to(out.dtype)
+    if left is not None and right is not None:
+        grad = left @ grad
+    if right is not None:
+        torch.matmul(grad, right, out=out)
+    elif left is not None:
+        torch.matmul(left, grad, out=out)
+    else:
+        out.copy_(grad)
+    # One float32 sum over a million squares is off by 2e-5 on a CPU; sums of rows are not.
+    return torch.linalg.vector_norm(out, dim=-1).double().square().sum(-1).to(out.dtype)
+
+
+def _dtype(grad: Tensor) -> torch.dtype:
+    return torch.float64 if grad.dtype == torch.float64 else torch.float32
+
+
+def _check_factors(grad: Tensor, left: Tensor | None, right: Tensor | None) -> None:
+    *batch, m, n = grad.shape
+    for name, factor, size in (("left", left, m), ("right", right, n)):
+        if factor is not None:
+            why = f"for grad {tuple(grad.shape)}"
+            common.check_shape(_OP, name, factor, (*batch, size, size), why)
+
+
+def _check(grad, left, right, *, precision="highest") -> None:
+    common.check_option(_OP, "precision", precision, common.PRECISIONS)
+    common.check_dtype(_OP, "grad", grad, common.FLOATS)
+    if grad.ndim != 3:
+        raise ValueError(f"{_OP}: grad must be (B, m, n), got {tuple(grad.shape)}")
+    for name, factor in (("left", left), ("right", right)):
+        if factor is not None:
+            common.check_dtype(_OP, name, factor, (*common.MASTERS, torch.bfloat16))
+    _check_factors(grad, left, right)
+    common.check_same_device(_OP, grad, left=left, right=right)
+
+
+def _check_out(out, grad, left, right, *, precision="highest") -> None:
+    _check(grad, left, right, precision=precision)
+    common.check_dtype(_OP, "out", out, (_dtype(grad),))
+    common.check_shape(_OP, "out", out, tuple(grad.shape), "as grad")
+    common.check_same_device(_OP, grad, out=out)
+
+
+def _implementation_(out, grad, left, right, *, precision="highest") -> Tensor:
+    _check_out(out, grad, left, right, precision=precision)
+    common.check_apart(_OP, "out", out, grad=grad, left=left, right=right)
+    return precondition_ref_(out, grad, left, right)
+
+
+def _implementation(grad, left, right, *, precision="highest") -> tuple[Tensor, Tensor]:
+    _check(grad, left, right, precision=precision)
+    out = grad.new_empty(grad.shape, dtype=_dtype(grad))
+    return out, precondition_ref_(out, grad, left, right)
+
+
+def _fake_(out, grad, left, right, *, precision="highest") -> Tensor:
+    _check_out(out, grad, left, right, precision=precision)
+    return out.new_empty(out.shape[0])
+
+
+def _fake(grad, left, right, *, precision="highest") -> tuple[Tensor, Tensor]:
+    _check(grad, left, right, precision=precision)
+    out = grad.new_empty(grad.shape, dtype=_dtype(grad))
+    return out, out.new_empty(out.shape[0])
+
+
+_ARGUMENTS = 'Tensor grad, Tensor? left, Tensor? right, *, str precision="highest"'
+common.register(f"precondition({_ARGUMENTS}) -> (Tensor, Tensor)", _implementation, _fake)
+common.register(
+    f"precondition_(Tensor(a!) out, {_ARGUMENTS}) -> Tensor", _implementation_, _fake_
+)
