@@ -3,18 +3,26 @@
 from shampoo_kernels.chooser import backends, use_backend
 from shampoo_kernels.ops.eigenvalue_bound import eigenvalue_bound
 from shampoo_kernels.ops.gram_ema import gram_ema_
+from shampoo_kernels.ops.inverse_root import InverseRoot, RootStatus, inverse_root
+from shampoo_kernels.ops.kronecker_power_step import kronecker_power_step
 from shampoo_kernels.ops.orthogonal_iteration import orthogonal_iteration
 from shampoo_kernels.ops.power_iteration import power_iteration
+from shampoo_kernels.ops.precondition import precondition
 from shampoo_kernels.schedules import minimax_coefficients
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "InverseRoot",
+    "RootStatus",
     "backends",
     "eigenvalue_bound",
     "gram_ema_",
+    "inverse_root",
+    "kronecker_power_step",
     "minimax_coefficients",
     "orthogonal_iteration",
     "power_iteration",
+    "precondition",
     "use_backend",
 ]

@@ -13,12 +13,12 @@ _CHUNK = 1 << 20  # elements of one float64 piece of the reference: 8 MiB, four 
 
 
 def eigenvalue_bound(A: Tensor) -> Tensor:
-    """b + 0.01*|b| with b = min(Frobenius, Wolkowicz-Styan, Minc), never below the largest eigenvalue.
+    """b + 0.01*|b|, b = min(Frobenius, Wolkowicz-Styan, Minc): above the largest eigenvalue.
 
     For symmetric positive semi-definite blocks that is 1.01 times the least of the three. The sums
     run in float64 on entries scaled by the largest, so that the bound holds for flat blocks, where
-    the textbook formulas round below the eigenvalue, and at every scale. Bounds that are not numbers
-    of the dtype round up, to inf at the end of its range.
+    the textbook formulas round below the eigenvalue, and at every scale. A bound that is no number of
+    the dtype rounds up, to inf at the end of its range.
 
     Args:
         A: (*, n, n) float32 or float64, any strides; only the lower triangle is read.

@@ -21,7 +21,7 @@ def kronecker_power_step(
     """(E[G R Gᵀ] / ‖R‖², E[Gᵀ L G] / ‖L‖²) for every block, E the mean over N, ‖.‖ Frobenius.
 
     One step from identities gives Shampoo's own statistics (scaled by 1/n and 1/m); repeated steps
-    converge to the factors of the best R ⊗ L, of which each alternating half-step is the least-squares
+    converge to the factors of the best R ⊗ L, and each alternating half-step is the least-squares
     optimum given the other factor. An instrument of analysis: in training, one step (Shampoo's
     statistics) does better than many.
 

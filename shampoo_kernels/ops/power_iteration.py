@@ -13,8 +13,8 @@ def power_iteration(A: Tensor, steps: int = 10, vectors: int = 16) -> Tensor:
 
     `steps` times V <- orth(A V) from `vectors` start vectors that are the same on every device and
     in every call; then ‖A v‖ for the best v in the span of V. With 16 vectors and 10 steps it is
-    typically within 1 % and, up to rounding, never above: use `eigenvalue_bound` where an upper bound
-    is needed.
+    typically within 1 % and, up to rounding, never above: where an upper bound is needed, use
+    `eigenvalue_bound`.
 
     Args:
         A: (*, n, n) float32 or float64, symmetric; both triangles are read.
@@ -72,7 +72,7 @@ def _start(n: int, vectors: int, like: Tensor) -> Tensor:
 
 
 def _leading_vector(G: Tensor) -> Tensor:
-    """(B, k, k) positive semi-definite -> (B, k, 1) near its first eigenvector: a column of G^1024."""
+    """(B, k, k) positive semi-definite -> (B, k, 1) near its first eigenvector, of G^1024."""
     tiny = torch.finfo(G.dtype).tiny
     for _ in range(10):
         G = G / G.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)

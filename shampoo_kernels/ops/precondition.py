@@ -133,6 +133,4 @@ def _fake(grad, left, right, *, precision="highest") -> tuple[Tensor, Tensor]:
 
 _ARGUMENTS = 'Tensor grad, Tensor? left, Tensor? right, *, str precision="highest"'
 common.register(f"precondition({_ARGUMENTS}) -> (Tensor, Tensor)", _implementation, _fake)
-common.register(
-    f"precondition_(Tensor(a!) out, {_ARGUMENTS}) -> Tensor", _implementation_, _fake_
-)
+common.register(f"precondition_(Tensor(a!) out, {_ARGUMENTS}) -> Tensor", _implementation_, _fake_)

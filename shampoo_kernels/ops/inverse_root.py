@@ -1,0 +1,262 @@
+"""Inverse p-th roots of symmetric positive semi-definite matrices: (A + ridge*bound*I)^(-1/p)."""
+
+import enum
+import math
+from fractions import Fraction
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shampoo_kernels.chooser import choose
+from shampoo_kernels.ops import common, eigenvalue_bound, roots
+
+_OP = "inverse_root"
+METHODS = ("auto", "newton", "product", "eigh")
+FALLBACKS = ("previous", "eigh")
+
+
+class RootStatus(enum.IntEnum):
+    """What became of a block."""
+
+    CONVERGED = 0
+    FELL_BACK = 1
+    KEPT_PREVIOUS = 2
+    FAILED = 3
+
+
+class InverseRoot(NamedTuple):
+    """Result of `inverse_root`: root (*, n, n), residual (*,), status (*,) int8 of `RootStatus`."""
+
+    root: Tensor
+    residual: Tensor
+    status: Tensor
+
+
+def inverse_root(
+    A: Tensor,
+    p: int | float | Fraction,
+    *,
+    ridge: float = 1e-6,
+    design_floor: float | None = None,
+    method: str = "auto",
+    precision: str = "highest",
+    rank_rtol: float | None = None,
+    previous: Tensor | None = None,
+    fallback: str = "previous",
+    out: Tensor | None = None,
+) -> InverseRoot:
+    """X with X^p (A + ridge*bound*I) = I for every block, bound = `eigenvalue_bound(A)`.
+
+    Numbers never raise: a block that is NaN, Inf, all zero or more indefinite than
+    -ridge*bound keeps `previous` where that is finite (KEPT_PREVIOUS), else becomes
+    bound^(-1/p)*I where the bound is positive and finite, else I (both FAILED). No block touches
+    another, and no root holds NaN or Inf. Every root is exactly symmetric.
+
+    Args:
+        A: (*, n, n) float32 or float64, symmetric; only the lower triangle is read.
+        p: the root, positive; an integer from 1 to 64 for "newton", 1, 2 or 4 for "product", any
+            int, float or Fraction for "eigh".
+        ridge: relative damping, >= 0.
+        design_floor: smallest eigenvalue, relative to the bound, that the schedule of "newton" and
+            "product" is made for; smaller ones saturate. Default: ridge, at least 1e-6 in float32.
+        method: "newton" (coupled M-form), "product" (product form), "eigh", or "auto": "eigh" on
+            the CPU and for a p that has no iteration, else by precision.
+        precision: of float32 products on a GPU. "high" with "newton" needs a design_floor (by
+            default the ridge) >= 1e-4, "medium" needs "product" and >= 1e-5.
+        rank_rtol: with "eigh", eigenvalues <= rank_rtol * the largest count as zero and
+            contribute nothing: the root of the pseudo-inverse.
+        previous: (*, n, n), dtype of A: the roots to keep where a block fails.
+        fallback: "previous", or "eigh": blocks on which an iteration did not converge are computed
+            again (FELL_BACK).
+        out: (*, n, n), dtype of A, receives the roots; may be `previous`, not A.
+
+    Returns:
+        InverseRoot(root, residual, status). The residual is the method's own measure of
+        convergence (newton, product: largest entry of |X^p A - I| as the schedule tracks it before
+        its last step; eigh: 0 or inf); it detects divergence, not rounding. CONVERGED and
+        FELL_BACK mean finite and below 0.05.
+
+    Raises:
+        TypeError: a dtype or type that is not listed; ValueError: any other mismatch.
+
+    "newton" and "product" with fallback="previous" never synchronise with a GPU; "eigh" does.
+    They need about four stacks of workspace beside the result.
+
+    Sources: Guo and Higham 2006 (SIMAX 28:788); minimax steps as in Polar Express
+    (arXiv 2505.16932); failure policy after Anil et al. 2020 (arXiv 2002.09018).
+    """
+    common.check_tensors(_OP, "previous", "out", A=A, previous=previous, out=out)
+    common.check_square(_OP, "A", A, batched=False)
+    for name, tensor in (("previous", previous), ("out", out)):
+        if tensor is not None:
+            common.check_shape(_OP, name, tensor, tuple(A.shape), "as A")
+    arguments = {
+        "ridge": _number("ridge", ridge),
+        "design_floor": None if design_floor is None else _number("design_floor", design_floor),
+        "method": method,
+        "precision": precision,
+        "rank_rtol": None if rank_rtol is None else _number("rank_rtol", rank_rtol),
+        "previous": None if previous is None else common.stack(previous),
+        "fallback": fallback,
+    }
+    p, stack = _number("p", p), common.stack(A)
+    if out is None:
+        root, residual, status = torch.ops.shampoo_kernels.inverse_root(stack, p, **arguments)
+        root = root.reshape(A.shape)
+    else:
+        root = common.stack_view(_OP, "out", out)
+        residual, status = _empty_results(stack)
+        torch.ops.shampoo_kernels.inverse_root_(root, residual, status, stack, p, **arguments)
+        root = out
+    return InverseRoot(root, residual.reshape(A.shape[:-2]), status.reshape(A.shape[:-2]))
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{_OP}: {name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _empty_results(A: Tensor) -> tuple[Tensor, Tensor]:
+    return A.new_empty(A.shape[0]), A.new_empty(A.shape[0], dtype=torch.int8)
+
+
+def root_method(device: str, p: float, precision: str, floor: float) -> str:
+    """What "auto" stands for: a pure function of device type, p, precision and design floor."""
+    if device == "cpu" or not (p.is_integer() and p <= 64) or floor <= 0:
+        return "eigh"
+    low = precision == "high" or (precision == "medium" and floor >= 1e-5)
+    return "product" if low and p in roots.PRODUCT_ROOTS else "newton"
+
+
+def _floor(A: Tensor, ridge: float, design_floor: float | None) -> float:
+    if design_floor is not None:
+        return design_floor
+    return max(ridge, 1e-6) if A.dtype == torch.float32 else ridge
+
+
+def _check(
+    A, p, *, ridge=1e-6, design_floor=None, method="auto", precision="highest", rank_rtol=None,
+    previous=None, fallback="previous",
+) -> None:  # fmt: skip
+    common.check_dtype(_OP, "A", A, common.MASTERS)
+    common.check_square(_OP, "A", A)
+    common.check_option(_OP, "method", method, METHODS)
+    common.check_option(_OP, "precision", precision, common.PRECISIONS)
+    common.check_option(_OP, "fallback", fallback, FALLBACKS)
+    if previous is not None:
+        common.check_dtype(_OP, "previous", previous, (A.dtype,))
+        common.check_shape(_OP, "previous", previous, tuple(A.shape), "as A")
+        common.check_same_device(_OP, A, previous=previous)
+    for name, value, valid, expected in (
+        ("p", p, 0 < p < math.inf, "positive and finite"),
+        ("ridge", ridge, 0 <= ridge < math.inf, "finite and >= 0"),
+        ("design_floor", design_floor, design_floor is None or 0 < design_floor < 1, "in (0, 1)"),
+        ("rank_rtol", rank_rtol, rank_rtol is None or 0 <= rank_rtol < 1, "in [0, 1)"),
+    ):
+        if not valid:
+            raise ValueError(f"{_OP}: {name} must be {expected}, got {value}")
+    if rank_rtol is not None and method not in ("auto", "eigh"):
+        raise ValueError(f'{_OP}: rank_rtol needs method="eigh", got method="{method}"')
+    if method in ("newton", "product"):
+        _check_iteration(method, p, precision, _floor(A, ridge, design_floor))
+
+
+def _check_iteration(method: str, p: float, precision: str, floor: float) -> None:
+    if method == "newton" and not (p.is_integer() and p <= 64):
+        raise ValueError(f'{_OP}: p must be an integer from 1 to 64 for method="newton", got {p}')
+    if method == "product" and p not in roots.PRODUCT_ROOTS:
+        raise ValueError(f'{_OP}: p must be 1, 2 or 4 for method="product", got {p}')
+    if not 0 < floor < 1:
+        raise ValueError(
+            f'{_OP}: method="{method}" needs a ridge or a design_floor in (0, 1), got {floor}'
+        )
+    needed = {("newton", "high"): 1e-4, ("product", "medium"): 1e-5}.get((method, precision), 0)
+    if method == "newton" and precision == "medium":
+        raise ValueError(f'{_OP}: precision="medium" needs method="product", got method="newton"')
+    if floor < needed:
+        raise ValueError(
+            f'{_OP}: precision="{precision}" with method="{method}" needs ridge (or design_floor) '
+            f">= {needed:g}, got {floor:g}"
+        )
+
+
+def _implementation_(
+    root, residual, status, A, p, *, ridge=1e-6, design_floor=None, method="auto",
+    precision="highest", rank_rtol=None, previous=None, fallback="previous",
+) -> None:  # fmt: skip
+    _check_out(
+        root, residual, status, A, p, ridge=ridge, design_floor=design_floor, method=method,
+        precision=precision, rank_rtol=rank_rtol, previous=previous, fallback=fallback,
+    )  # fmt: skip
+    common.check_apart(_OP, "out", root, A=A)
+    floor = _floor(A, ridge, design_floor)
+    if method == "auto":
+        method = "eigh" if rank_rtol is not None else root_method(A.device.type, p, precision, floor)
+    if method == "eigh":
+        if choose(_OP, A.device.type, A.dtype) == "native" and root.is_contiguous():
+            torch.ops.shampoo_kernels_native.inverse_root_eigh_(
+                A, p, ridge, rank_rtol, previous, root, residual, status
+            )
+        else:
+            roots.by_eigh(A, p, ridge, rank_rtol, previous, root, residual, status)
+        return
+    kept = previous if fallback == "previous" else None
+    roots.by_iteration(method, A, int(p), ridge, floor, kept, root, residual, status)
+    if fallback == "eigh":
+        _fall_back(root, residual, status, A, p, ridge, previous)
+
+
+def _fall_back(
+    root: Tensor, residual: Tensor, status: Tensor, A: Tensor, p: float, ridge: float,
+    previous: Tensor | None,
+) -> None:  # fmt: skip
+    """Compute the blocks that did not converge again, by eigh."""
+    again = (status != RootStatus.CONVERGED).nonzero().squeeze(1)
+    if again.numel() == 0:
+        return
+    kept = None if previous is None else previous[again]
+    part = torch.ops.shampoo_kernels.inverse_root(
+        A[again], p, ridge=ridge, method="eigh", previous=kept
+    )
+    root[again], residual[again] = part[0], part[1]
+    status[again] = torch.where(part[2] == RootStatus.CONVERGED, RootStatus.FELL_BACK, part[2])
+
+
+def _implementation(A, p, **options) -> tuple[Tensor, Tensor, Tensor]:
+    root = torch.empty(A.shape, dtype=A.dtype, device=A.device)
+    residual, status = _empty_results(A)
+    _implementation_(root, residual, status, A, p, **options)
+    return root, residual, status
+
+
+def _check_out(root, residual, status, A, p, **options) -> None:
+    _check(A, p, **options)
+    common.check_same_device(_OP, A, out=root, residual=residual, status=status)
+    for name, tensor, shape, dtype in (
+        ("out", root, tuple(A.shape), A.dtype),
+        ("residual", residual, (A.shape[0],), A.dtype),
+        ("status", status, (A.shape[0],), torch.int8),
+    ):
+        common.check_dtype(_OP, name, tensor, (dtype,))
+        common.check_shape(_OP, name, tensor, shape)
+
+
+def _fake(A, p, **options) -> tuple[Tensor, Tensor, Tensor]:
+    _check(A, p, **options)
+    return torch.empty(A.shape, dtype=A.dtype, device=A.device), *_empty_results(A)
+
+
+_OPTIONS = (
+    'Tensor A, float p, *, float ridge=1e-6, float? design_floor=None, str method="auto", '
+    'str precision="highest", float? rank_rtol=None, Tensor? previous=None, '
+    'str fallback="previous"'
+)
+common.register(f"inverse_root({_OPTIONS}) -> (Tensor, Tensor, Tensor)", _implementation, _fake)
+common.register(
+    f"inverse_root_(Tensor(a!) root, Tensor(b!) residual, Tensor(c!) status, {_OPTIONS}) -> ()",
+    _implementation_,
+    _check_out,
+)
