@@ -8,6 +8,7 @@ from shampoo_kernels.ops.kronecker_power_step import kronecker_power_step
 from shampoo_kernels.ops.orthogonal_iteration import orthogonal_iteration
 from shampoo_kernels.ops.power_iteration import power_iteration
 from shampoo_kernels.ops.precondition import precondition
+from shampoo_kernels.optim.shampoo import Shampoo
 from shampoo_kernels.schedules import minimax_coefficients
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "InverseRoot",
     "RootStatus",
+    "Shampoo",
     "backends",
     "eigenvalue_bound",
     "gram_ema_",

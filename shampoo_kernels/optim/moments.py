@@ -11,6 +11,11 @@ def per_block(x: Tensor) -> Tensor:
     return x.view(-1, 1, 1)
 
 
+def block_norms(x: Tensor) -> Tensor:
+    """Frobenius norms (B,) of (B, m, n), by rows: one long float32 sum would lose digits."""
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1), dim=-1)
+
+
 def update_(
     exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, moves: Tensor, betas: tuple[float, float]
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.optim import factors, moments
-from shampoo_kernels.optim.moments import bias, per_block
+from shampoo_kernels.optim.moments import bias, block_norms, per_block
 from shampoo_kernels.optim.stacks import Stack
 
 
@@ -64,7 +64,7 @@ class StackStep:
         """Look at the gradients, and take them into statistics, moments and step counts."""
         stack, group = self.stack, self.group
         grad = stack.pack(self.members.grads, part)
-        finite = torch.linalg.vector_norm(grad, dim=(1, 2)).isfinite()
+        finite = block_norms(grad).isfinite()
         self.finite[part] = finite
         self.moves[part] = finite if has_grad is None else finite & has_grad
         grad, moves = self._clean(grad, finite), self.moves[part]
@@ -114,8 +114,7 @@ class StackStep:
         if not preconditions:
             return adam, scale
         update, norm = factors.apply_roots(stack, part, momentum, group["precision"])
-        graft = torch.linalg.vector_norm(adam, dim=(1, 2))
-        grafted = torch.where(norm > 0, scale * graft / norm, 0)
+        grafted = torch.where(norm > 0, scale * block_norms(adam) / norm, 0)
         if started is None:
             return update, grafted
         started = started[part]
