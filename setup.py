@@ -66,11 +66,12 @@ def switch(name: str) -> bool | None:
 WANT_NATIVE, WANT_CUDA = switch("SHAMPOO_KERNELS_NATIVE"), switch("SHAMPOO_KERNELS_CUDA")
 
 
-def leave_out(reason: str, wanted: bool | None) -> str:
+def leave_out(what: str, reason: CannotBuild, wanted: bool | None) -> str:
+    line = f"shampoo_kernels: no {what}: {reason}"
     if wanted:
-        sys.exit(f"shampoo_kernels: cannot build what was asked for: {reason}")
-    print(f"shampoo_kernels: {reason}", file=sys.stderr)
-    return reason
+        sys.exit(line)
+    print(line, file=sys.stderr)
+    return str(reason)
 
 
 class Torch(NamedTuple):
@@ -104,11 +105,10 @@ class Cuda(NamedTuple):
 
     @staticmethod
     def find() -> "Cuda":
-        homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-        folders = [*(f"{home}/bin" for home in homes if home), os.environ.get("PATH", "")]
-        nvcc = shutil.which("nvcc", path=os.pathsep.join([*folders, "/usr/local/cuda/bin"]))
-        if nvcc is None:
-            raise CannotBuild("no nvcc found: put it on PATH, or set CUDA_HOME")
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        path = f"{home}/bin" if home else f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin"
+        if (nvcc := shutil.which("nvcc", path=path)) is None:
+            raise CannotBuild(f"no nvcc in {path}: install the CUDA toolkit, or set CUDA_HOME")
         # nvcc may be a wrapper or a link: it knows itself where its libraries are.
         folders = re.findall(r'"-L(.*?)"', run([nvcc, "-dryrun", "-x", "cu", os.devnull]))
         lib = next((x for x in folders if Path(x, "libcudart_static.a").exists()), None)
@@ -172,6 +172,7 @@ def ninja_file(target: str, compiler: str, torch: Torch, cuda: Cuda | None) -> s
     lines = [f"cxx = {compiler}", f"csrc = {quote(CSRC)}"]
     if cuda:
         flags += [f"-DSHAMPOO_CUDA -DSHAMPOO_CUDA_ARCHS='\"{';'.join(cuda.archs)}\"'"]
+        flags += [f"-isystem {quote(cuda.lib)}/../include"]
         link += [f"-L{quote(cuda.lib)} -lcudart_static -lrt -ldl -lpthread"]
         lines += [f"nvcc = {quote(cuda.nvcc)}", f"nvcc_flags = {NVCC_FLAGS} {cuda.codes()}"]
         sources += [*CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.cu")]
@@ -199,35 +200,34 @@ def compile_all(target: Path, compiler: str, torch: Torch, cuda: Cuda | None) ->
 
 
 class BuildExtension(build_ext):
-    """Also writes _build.json into the package: what was built, or why not, for `info`."""
+    """Also writes _build.json into the package: why something is left out, for `info`."""
 
     def run(self) -> None:
-        self.facts = {"native": False, "why_not": WHY_NOT, "cuda": None, "cuda_why_not": WHY_NOT}
+        self.facts = {"native": False, "why_not": WHY_NOT, "cuda_why_not": WHY_NOT}
         package = Path("" if self.inplace else self.build_lib, "shampoo_kernels")
         super().run()
         (package / "_build.json").write_text(json.dumps(self.facts, indent=2) + "\n")
 
     def build_extensions(self) -> None:
-        torch, cuda, version = Torch.find(), None, [*shlex.split(COMPILER), "--version"]
+        torch, cuda = Torch.find(), None
         target = Path(self.get_ext_fullpath(self.extensions[0].name))
         target.unlink(missing_ok=True)  # build/ may hold that of an earlier build
         try:
             if WANT_CUDA is False:
-                raise CannotBuild("SHAMPOO_KERNELS_CUDA=0 when it was built")
+                raise CannotBuild("SHAMPOO_KERNELS_CUDA=0 was set")
             if WANT_CUDA is None and not torch.has_cuda:
-                raise CannotBuild(f"torch {torch.version} has none (SHAMPOO_KERNELS_CUDA=1 forces)")
+                raise CannotBuild(f"torch {torch.version} has no CUDA")
             cuda = Cuda.find()
             compile_all(target, COMPILER, torch, cuda)
         except CannotBuild as reason:
-            cuda, self.facts["cuda_why_not"] = None, leave_out(f"no CUDA C++: {reason}", WANT_CUDA)
+            cuda, self.facts["cuda_why_not"] = None, leave_out("CUDA C++", reason, WANT_CUDA)
         try:
             if cuda is None:
                 compile_all(target, COMPILER, torch, None)
         except CannotBuild as reason:
-            self.facts["why_not"] = leave_out(str(reason), WANT_NATIVE)
-            return
-        self.facts |= {"native": True, "cuda": ";".join(cuda.archs) if cuda else None}
-        self.facts |= {"torch": torch.version, "compiler": run(version).splitlines()[0]}
+            self.facts["why_not"] = leave_out("native kernels", reason, WANT_NATIVE)
+        else:
+            self.facts |= {"native": True, "torch": torch.version}
 
 
 class Build(build):
@@ -238,10 +238,10 @@ class Build(build):
 COMPILER = WHY_NOT = None
 try:
     if WANT_NATIVE is False:
-        raise CannotBuild("SHAMPOO_KERNELS_NATIVE=0 when it was built")
+        raise CannotBuild("SHAMPOO_KERNELS_NATIVE=0 was set")
     COMPILER = find_compiler()
 except CannotBuild as reason:
-    WHY_NOT = leave_out(str(reason), WANT_NATIVE or WANT_CUDA)
+    WHY_NOT = leave_out("native kernels", reason, WANT_NATIVE or WANT_CUDA)
 
 setup(
     ext_modules=[Extension("shampoo_kernels._C", [], optional=True)] if COMPILER else [],

@@ -10,14 +10,15 @@ from shampoo_kernels.commands import COMMANDS
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command; returns 0, or 2 where a requirement is missing. argparse exits by itself."""
-    parser = argparse.ArgumentParser("python -m shampoo_kernels", description=shampoo_kernels.__doc__)
+    """Run one command; returns its status, or 2 where a requirement of its own is missing."""
+    parser = argparse.ArgumentParser("python -m shampoo_kernels")
+    parser.description = shampoo_kernels.__doc__
     version = f"shampoo_kernels {shampoo_kernels.__version__}"
     parser.add_argument("--version", action="version", version=version)
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     try:
-        for name, help in COMMANDS.items():
-            subparser = subparsers.add_parser(name, help=help, description=help)
+        for name, what in COMMANDS.items():
+            subparser = subparsers.add_parser(name, help=what, description=what)
             if name in argv[:1]:
                 command = importlib.import_module(f"shampoo_kernels.commands.{name}")
                 command.add_arguments(subparser)

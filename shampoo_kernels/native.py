@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  (_C resolves its symbols in the libraries that torch has loaded)
+import torch  # before _C, which finds its symbols in the libraries that torch has loaded
 
 
 def _read_facts() -> dict[str, Any]:

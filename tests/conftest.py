@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def data_folder() -> Path:
-    """The folder of image and text files: SHAMPOO_KERNELS_DATA, or shared/data beside the project."""
+    """The folder of images and text: SHAMPOO_KERNELS_DATA, or shared/data beside the project."""
     beside = Path(__file__).resolve().parents[2] / "shared/data"
     folder = Path(os.environ.get("SHAMPOO_KERNELS_DATA") or beside)
     if not folder.is_dir():

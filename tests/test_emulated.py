@@ -89,7 +89,9 @@ def test_strides_and_the_upper_triangle(program):
     poisoned = torch.full((len(A), 2, 18, 40), torch.nan)
     for view in (poisoned[:, 1, :17, 1:35:2], poisoned[:, 0, :17, :17].mT):
         view.copy_(A.tril() + torch.full_like(A, torch.nan).triu(1))
-        torch.testing.assert_close(emulated(program, view), expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            emulated(program, view), expected, rtol=0, atol=0, equal_nan=True
+        )
 
 
 def test_a_strip_holds_128_columns(program):

@@ -92,13 +92,15 @@ def _gpus() -> list[str]:
 def _native() -> dict[str, Any]:
     if native.lib is None:
         return {"library": native.why_not}
-    cuda = native.facts["cuda"]
+    built = native.lib.build_facts()
+    archs, cuda_why_not = built["cuda_archs"], native.facts["cuda_why_not"]
     return {
         "library": native.lib.__file__,
-        "compiler": native.facts["compiler"],
-        "stable ABI": f"of torch 2.11, built with {native.facts['torch']}",
-        "instruction sets": native.lib.isas(),
+        "compiler": built["compiler"],
+        "stable ABI": f"torch {built['torch_target']} or later, built with {native.facts['torch']}",
+        "built for": built["isas"],
+        "usable here": native.lib.isas(),
         "in use": native.lib.isa(),
         "LAPACK": "one call per block" if native.lib.has_lapack() else "not exported by this torch",
-        "CUDA C++": f"{cuda}: built, unproven" if cuda else native.facts["cuda_why_not"],
+        "CUDA C++": f"{archs}: built, unproven" if archs else f"not built: {cuda_why_not}",
     }
