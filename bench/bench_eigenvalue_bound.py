@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import QUICK
+
 from shampoo_kernels import eigenvalue_bound
 
 

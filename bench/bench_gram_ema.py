@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import QUICK
+
 from shampoo_kernels import gram_ema_
 
 # (blocks, m, n): batches of small blocks, single large ones, wide and tall.

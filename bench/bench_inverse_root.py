@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import QUICK
+
 from shampoo_kernels import eigenvalue_bound, inverse_root
 
 STACKS = [(256, 32), (128, 64), (64, 128), (16, 256)] + ([] if QUICK else [(4, 512), (2, 1024)])

@@ -1,6 +1,6 @@
 """The machine's measured peaks, and the Markdown table of one benchmark run.
 
-    python bench/report.py results.json > results.md
+python bench/report.py results.json > results.md
 """
 
 import json
@@ -27,7 +27,8 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "isa": native.lib.isa() if native.lib else f"no extension: {native.why_not}",
         "gemm_gflops": {
-            name: _gemm(dtype) for name, dtype in (("float32", torch.float32), ("float64", torch.float64))
+            name: _gemm(dtype)
+            for name, dtype in (("float32", torch.float32), ("float64", torch.float64))
         },
         "copy_gbs": _copy(),
     }

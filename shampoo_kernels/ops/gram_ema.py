@@ -89,22 +89,33 @@ def accumulate_(
     """stat <- beta*stat + alpha * sum_s G_s W G_sᵀ: stat (B, m, m), grads (B, S, m, n), W (B, n, n)."""
     left = grads if weight is None else torch.matmul(grads.to(stat.dtype), weight.unsqueeze(1))
     if backend == "native":
-        inner = stat if stat.stride(-1) == 1 and stat.stride(-2) >= stat.shape[-1] else stat.contiguous()
+        inner = (
+            stat
+            if stat.stride(-1) == 1 and stat.stride(-2) >= stat.shape[-1]
+            else stat.contiguous()
+        )
         torch.ops.shampoo_kernels_native.gram_ema_(
             inner, left, grads, beta, alpha, beta_tensor, alpha_tensor
         )
         if inner is not stat:
             stat.copy_(inner)
         return
-    accumulate_ref_(stat, left, grads, beta if beta_tensor is None else beta_tensor.view(-1, 1, 1),
-                    alpha if alpha_tensor is None else alpha_tensor.view(-1, 1, 1))
+    accumulate_ref_(
+        stat,
+        left,
+        grads,
+        beta if beta_tensor is None else beta_tensor.view(-1, 1, 1),
+        alpha if alpha_tensor is None else alpha_tensor.view(-1, 1, 1),
+    )
 
 
 def accumulate_ref_(
     stat: Tensor, left: Tensor, grads: Tensor, beta: float | Tensor, alpha: float | Tensor
 ) -> None:
     """stat <- beta*stat + alpha * sum_s left_s G_sᵀ by torch; beta, alpha: floats or (1 or B, 1, 1)."""
-    left, right = (x.to(stat.dtype).transpose(1, 2).flatten(2) for x in (left, grads))  # (B, m, S*n)
+    left, right = (
+        x.to(stat.dtype).transpose(1, 2).flatten(2) for x in (left, grads)
+    )  # (B, m, S*n)
     old = _times(beta, stat)
     new = _times(alpha, torch.bmm(left, right.mT))
     stat.copy_(common.mirror_lower(old + new))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.chooser import choose
-from shampoo_kernels.ops import common, eigenvalue_bound, roots
+from shampoo_kernels.ops import common, roots
 
 _OP = "inverse_root"
 METHODS = ("auto", "newton", "product", "eigh")
@@ -194,14 +194,20 @@ def _implementation_(
     common.check_apart(_OP, "out", root, A=A)
     floor = _floor(A, ridge, design_floor)
     if method == "auto":
-        method = "eigh" if rank_rtol is not None else root_method(A.device.type, p, precision, floor)
+        method = (
+            "eigh" if rank_rtol is not None else root_method(A.device.type, p, precision, floor)
+        )
     if method == "eigh":
-        if choose(_OP, A.device.type, A.dtype) == "native" and root.is_contiguous():
-            torch.ops.shampoo_kernels_native.inverse_root_eigh_(
-                A, p, ridge, rank_rtol, previous, root, residual, status
-            )
-        else:
-            roots.by_eigh(A, p, ridge, rank_rtol, previous, root, residual, status)
+        native = choose(_OP, A.device.type, A.dtype) == "native"
+        by_eigh = torch.ops.shampoo_kernels_native.inverse_root_eigh_ if native else roots.by_eigh
+        dense = (
+            root
+            if root.is_contiguous()
+            else torch.empty_like(A, memory_format=torch.contiguous_format)
+        )
+        by_eigh(A, p, ridge, rank_rtol, previous, dense, residual, status)
+        if dense is not root:
+            root.copy_(dense)
         return
     kept = previous if fallback == "previous" else None
     roots.by_iteration(method, A, int(p), ridge, floor, kept, root, residual, status)

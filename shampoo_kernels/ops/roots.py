@@ -27,7 +27,7 @@ def by_iteration(
     residual: Tensor,
     status: Tensor,
 ) -> None:
-    """"newton" or "product" on (A + ridge*bound*I) / ((1 + ridge)*bound), never synchronising."""
+    """ "newton" or "product" on (A + ridge*bound*I) / ((1 + ridge)*bound), never synchronising."""
     bound = torch.ops.shampoo_kernels.eigenvalue_bound(A)
     usable = bound.isfinite() & (bound > 0)
     scale = torch.where(usable, bound, 1)
