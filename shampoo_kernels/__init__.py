@@ -6,6 +6,7 @@ from shampoo_kernels.ops.gram_ema import gram_ema_
 from shampoo_kernels.ops.inverse_root import InverseRoot, RootStatus, inverse_root
 from shampoo_kernels.ops.kronecker_power_step import kronecker_power_step
 from shampoo_kernels.ops.orthogonal_iteration import orthogonal_iteration
+from shampoo_kernels.ops.orthogonalize import orthogonalize
 from shampoo_kernels.ops.power_iteration import power_iteration
 from shampoo_kernels.ops.precondition import precondition
 from shampoo_kernels.optim.shampoo import Shampoo
@@ -24,6 +25,7 @@ __all__ = [
     "kronecker_power_step",
     "minimax_coefficients",
     "orthogonal_iteration",
+    "orthogonalize",
     "power_iteration",
     "precondition",
     "use_backend",

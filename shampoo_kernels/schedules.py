@@ -1,7 +1,7 @@
 """Minimax coefficients of the matrix iterations for inverse p-th roots and polar factors.
 
-Every iterate is a polynomial of one matrix, so one number tells all: an eigenvalue ratio λ in (0, 1]
-becomes s = λ^(1/p), a step maps it to s*h(s^p), h(M) = c0 + c1*M + c2*M², and the aim is s = 1.
+Every iterate is a polynomial of one matrix, so one number tells all: an eigenvalue ratio λ in
+(0, 1] becomes s = λ^(1/p), a step maps it to s*h(s^p), h(M) = c0 + c1*M + c2*M², the aim is s = 1.
 Each step is the h of its degree that minimises max |s*h(s^p) - 1| on the interval the step before
 has left, as in Polar Express (Amsel et al., arXiv 2505.16932) and CANS (Grishina et al., arXiv
 2506.10935), for any p.
@@ -18,7 +18,13 @@ _BINOMIAL_BELOW = 1e-5
 
 
 def minimax_coefficients(
-    floor: float, p: int, degree: int, *, tolerance: float = 1e-5, cushion: float = 0.0
+    floor: float,
+    p: int,
+    degree: int,
+    *,
+    tolerance: float = 1e-5,
+    cushion: float = 0.0,
+    headroom: float = 0.0,
 ) -> tuple[Step, ...]:
     """The steps that bring every eigenvalue in [floor, 1] to its inverse p-th root.
 
@@ -37,6 +43,10 @@ def minimax_coefficients(
             back towards 0, to be won again from what rounding has left of them. With a cushion no
             step is designed for values of s below cushion * the largest, which keeps the others
             away from 0 at little or no cost in steps (the `cushion` of Polar Express).
+        headroom: in [0, 0.5). s = 2, which the first steps reach, is a repelling fixed point of the
+            next: a value that rounding lifts above the interval moves away tenfold per step. With
+            headroom every step is designed for values up to (1 + headroom) times as far above 1 as
+            exact arithmetic gets (the safety factor of Polar Express, but it fades out near 1).
 
     Returns:
         One tuple (c0, c1) or (c0, c1, c2) per step. Minimax steps; once the remaining error is
@@ -58,7 +68,12 @@ def minimax_coefficients(
     _check_number(name, "cushion", cushion)
     if not 0 <= cushion < 0.5:
         raise ValueError(f"{name}: cushion must be in [0, 0.5), got {cushion!r}")
-    return _schedule(float(floor), int(p), int(degree), float(tolerance), float(cushion))
+    _check_number(name, "headroom", headroom)
+    if not 0 <= headroom < 0.5:
+        raise ValueError(f"{name}: headroom must be in [0, 0.5), got {headroom!r}")
+    return _schedule(
+        float(floor), int(p), int(degree), float(tolerance), float(cushion), float(headroom)
+    )
 
 
 def schedule_error(steps: tuple[Step, ...], floor: float, p: int) -> float:
@@ -75,7 +90,7 @@ def schedule_error(steps: tuple[Step, ...], floor: float, p: int) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _schedule(
-    floor: float, p: int, degree: int, tolerance: float, cushion: float
+    floor: float, p: int, degree: int, tolerance: float, cushion: float, headroom: float
 ) -> tuple[Step, ...]:
     low, high = floor ** (1 / p), 1.0
     steps = []
@@ -89,6 +104,7 @@ def _schedule(
                 step = _centred(step, p, low, high)
         steps.append(step)
         low, high = _image(step, p, low, high)
+        high += headroom * (high - 1)
     return tuple(steps)
 
 

@@ -161,7 +161,9 @@ def test_subnormal_and_huge():
     assert bound[1] == torch.inf  # 6e38 is no float32
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 0), (0, 0), (2, 0, 3, 3), (2, 3, 4, 4), (5, 5)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 3), (2, 0, 0), (0, 0), (2, 0, 3, 3), (2, 3, 4, 4), (5, 5)]
+)
 def test_shapes(shape):
     A = torch.ones(shape)
     bound = eigenvalue_bound(A)
@@ -191,7 +193,7 @@ def test_pieces_do_not_matter(monkeypatch):
         torch.testing.assert_close(module.bound_ref(A), whole, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("A, error, words", [
+@pytest.mark.parametrize(("A", "error", "words"), [
     (torch.ones(3), ValueError, r"A must be \(\*, n, n\), got \(3,\)"),
     (torch.ones(3, 4), ValueError, r"A must be \(\*, n, n\), got \(3, 4\)"),
     (torch.ones(3, 3).half(), TypeError, r"A must be float64 or float32, got \(1, 3, 3\) float16"),

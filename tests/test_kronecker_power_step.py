@@ -39,7 +39,7 @@ def dense(grads):
 
 
 def rearranged(H, m, n):
-    """Ĥ[m*i' + i, n*j' + j] = H[m*j + i, m*j' + i'] (Van Loan and Pitsianis), by the index formula."""
+    """Ĥ[m*i' + i, n*j' + j] = H[m*j + i, m*j' + i'] (Van Loan and Pitsianis)."""
     R = torch.empty(m * m, n * n, dtype=H.dtype)
     for i, i2, j, j2 in itertools.product(range(m), range(m), range(n), range(n)):
         R[m * i2 + i, n * j2 + j] = H[m * j + i, m * j2 + i2]
@@ -55,7 +55,7 @@ def cosine(H, left, right):
     return ((H * K).sum() / (H.norm() * K.norm())).item()
 
 
-@pytest.mark.parametrize("m, n", [(4, 5), (1, 6), (6, 1), (7, 3)])
+@pytest.mark.parametrize(("m", "n"), [(4, 5), (1, 6), (6, 1), (7, 3)])
 def test_one_step_is_the_rearranged_product(m, n):
     grads = draw(40, m, n)
     left, right = draw(m, m, seed=1), draw(n, n, seed=2)
@@ -123,7 +123,7 @@ def test_alternating_steps_never_lose(m, n, samples, seed):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_exact_kronecker_product_is_recovered(scheme):
-    """Samples with E[g gᵀ] = B ⊗ A exactly: G = A^(1/2) E_ij B^(1/2), all i, j; L ⊗ R / tr L = H."""
+    """Samples with E[g gᵀ] = B ⊗ A exactly: G = X E_ij Y for all i, j: L ⊗ R / tr L = H."""
     m, n = 3, 4
     X, Y = draw(m, m, seed=1), draw(n, n, seed=2)  # square roots of A = X Xᵀ and B = Yᵀ Y
     unit = torch.eye(m * n, dtype=torch.float64).view(m * n, m, n) * (m * n) ** 0.5
@@ -210,7 +210,7 @@ def test_shapes(shape):
 G, L, R = torch.ones(2, 4, 5), torch.eye(4), torch.eye(5)
 
 
-@pytest.mark.parametrize("grads, left, right, options, error, words", [
+@pytest.mark.parametrize(("grads", "left", "right", "options", "error", "words"), [
     (G[0], L, R, {}, ValueError, r"grads must be \(\*, N, m, n\), got \(4, 5\)"),
     (G, R, R, {}, ValueError, r"left must be \(4, 4\) for grads \(2, 4, 5\), got \(5, 5\)"),
     (G, L, L, {}, ValueError, r"right must be \(5, 5\) for grads \(2, 4, 5\), got \(4, 4\)"),

@@ -107,7 +107,10 @@ def test_lift_keeps_the_null_space(dtype):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scales(scale):
-    A, Q = with_spectrum(torch.logspace(0, -4, 20).double(), basis(20)).float(), basis(20, 1).float()
+    A, Q = (
+        with_spectrum(torch.logspace(0, -4, 20).double(), basis(20)).float(),
+        basis(20, 1).float(),
+    )
     expected_eigenvalues, expected = orthogonal_iteration(A, Q)
     eigenvalues, new = orthogonal_iteration(A * scale, Q)
     torch.testing.assert_close(new, expected, rtol=0, atol=2e-3)  # u times the condition number
@@ -142,7 +145,9 @@ def test_arguments_are_not_changed():
     assert new.data_ptr() != Q.data_ptr()
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 0), (0, 0), (2, 0, 3, 3), (2, 3, 4, 4), (5, 5)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 3), (2, 0, 0), (0, 0), (2, 0, 3, 3), (2, 3, 4, 4), (5, 5)]
+)
 def test_shapes(shape):
     A = torch.eye(shape[-1]).expand(shape)
     eigenvalues, Q = orthogonal_iteration(A, A)
@@ -159,7 +164,7 @@ def test_strides():
     )
 
 
-@pytest.mark.parametrize("A, Q, steps, error, words", [
+@pytest.mark.parametrize(("A", "Q", "steps", "error", "words"), [
     (torch.ones(3, 4), torch.ones(3, 4), 1, ValueError, r"A must be \(\*, n, n\), got \(3, 4\)"),
     (torch.ones(3, 3), torch.ones(4, 4), 1, ValueError, r"Q must be \(3, 3\) as A, got \(4, 4\)"),
     (torch.ones(3, 3), torch.ones(3, 3).double(), 1, TypeError, "Q must be float32, got"),

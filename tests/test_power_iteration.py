@@ -26,7 +26,7 @@ def norm(A):
 
 
 def assert_close_below(estimate, A, rtol):
-    """At most the float64 norm but for rounding (n products and sums), at least (1 - rtol) of it."""
+    """At most the float64 norm but for the rounding of n sums, at least (1 - rtol) of it."""
     truth = norm(A)
     u = torch.finfo(A.dtype).eps
     assert (estimate.double() <= truth * (1 + 4 * u * A.shape[-1] ** 0.5)).all()
@@ -34,11 +34,11 @@ def assert_close_below(estimate, A, rtol):
 
 
 @pytest.mark.parametrize(
-    "n, dtype", [*itertools.product((4, 16, 64, 130), (torch.float32, torch.float64)),
+    ("n", "dtype"), [*itertools.product((4, 16, 64, 130), (torch.float32, torch.float64)),
                  (512, torch.float32)]
 )  # fmt: skip
 def test_condition_numbers(n, dtype):
-    """Log-uniform spectra of condition 10 to 1e10: the slower the decay, the wider the tolerance."""
+    """Log-uniform spectra of condition 10 to 1e10; slower decay, wider tolerance."""
     A = torch.stack([spectrum(torch.logspace(0, -k, n), k) for k in (1, 2, 4, 7, 10)]).to(dtype)
     estimate = power_iteration(A)
     assert_close_below(estimate, A, 0.03)
@@ -107,7 +107,9 @@ def test_bad_blocks_touch_no_other():
     assert estimate[4] == 0
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 0), (0, 0), (2, 0, 3, 3), (2, 3, 4, 4), (5, 5)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 3), (2, 0, 0), (0, 0), (2, 0, 3, 3), (2, 3, 4, 4), (5, 5)]
+)
 def test_shapes(shape):
     estimate = power_iteration(torch.ones(shape))
     assert estimate.shape == shape[:-2]
@@ -121,7 +123,7 @@ def test_strides():
     assert torch.equal(power_iteration(wide[:, 1:19:2, 3:30:3]), power_iteration(A))
 
 
-@pytest.mark.parametrize("A, steps, vectors, error, words", [
+@pytest.mark.parametrize(("A", "steps", "vectors", "error", "words"), [
     (torch.ones(3, 4), 1, 1, ValueError, r"A must be \(\*, n, n\), got \(3, 4\)"),
     (torch.ones(3, 3).bfloat16(), 1, 1, TypeError, "A must be float64 or float32"),
     (torch.ones(3, 3), 0, 1, ValueError, "steps must be at least 1, got 0"),

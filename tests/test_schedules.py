@@ -1,4 +1,4 @@
-"""Minimax coefficients: published and recomputed tables, equioscillation, convergence everywhere."""
+"""Minimax coefficients: published tables, equioscillation, convergence everywhere."""
 
 import itertools
 import math
@@ -63,7 +63,7 @@ def apply(steps, s, p):
     return s
 
 
-@pytest.mark.parametrize("p, degree, floor", TABLES)
+@pytest.mark.parametrize(("p", "degree", "floor"), TABLES)
 def test_tables(p, degree, floor):
     count, eps, printed = TABLES[p, degree, floor]
     steps = minimax_coefficients(floor, p, degree)[:count]
@@ -73,8 +73,9 @@ def test_tables(p, degree, floor):
 
 
 @pytest.mark.parametrize(
-    "p, degree, floor, steps", [(2, 2, 1e-4, 5), (2, 2, 1e-6, 7), (2, 1, 1e-4, 8), (2, 1, 1e-6, 10),
-                                (4, 2, 1e-4, 5), (4, 2, 1e-6, 6), (4, 1, 1e-4, 7), (4, 1, 1e-6, 9)]
+    ("p", "degree", "floor", "steps"), [
+        (2, 2, 1e-4, 5), (2, 2, 1e-6, 7), (2, 1, 1e-4, 8), (2, 1, 1e-6, 10),
+        (4, 2, 1e-4, 5), (4, 2, 1e-6, 6), (4, 1, 1e-4, 7), (4, 1, 1e-6, 9)]
 )  # fmt: skip
 def test_default_length(p, degree, floor, steps):
     """The M-form's product counts (17 and 25 for p=2, degree 2) rest on these lengths."""
@@ -171,6 +172,39 @@ def test_outside_of_the_design_interval(p, degree, exponent, below):
     assert abs(over - 1) < 0.05
 
 
+def test_cushion_keeps_what_is_near_one_away_from_zero():
+    """Without it, some s in [0.1, 1] is thrown down to about the floor and has to climb again."""
+    start = torch.linspace(0.1, 1, 2001, dtype=torch.float64)
+    least, lengths = [], []
+    for cushion in (0.0, 0.1):
+        steps = minimax_coefficients(1e-8, 2, 2, cushion=cushion)
+        paths = [apply(steps[:k], start, 2) for k in range(len(steps) + 1)]
+        least.append(torch.stack(paths).min().item())
+        lengths.append(len(steps))
+        assert schedule_error(steps, 1e-8, 2) <= 1e-5
+    assert least[0] < 2e-3
+    assert least[1] > 0.09
+    assert lengths[1] <= lengths[0] + 1
+
+
+@pytest.mark.parametrize("cushion", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize(("p", "degree"), [(2, 2), (2, 1), (4, 2), (1, 2)])
+def test_headroom_survives_rounding(p, degree, cushion):
+    """A relative error of 1e-6 upwards in every step, as in float32, stays bounded."""
+    floor = 1e-6**p
+    ends = []
+    for headroom in (0.0, 0.01):
+        steps = minimax_coefficients(floor, p, degree, cushion=cushion, headroom=headroom)
+        assert schedule_error(steps, floor, p) <= 1e-5
+        s = torch.logspace(-6, 0, 2001, dtype=torch.float64)
+        for step in steps:
+            s = apply([step], s, p) * (1 + 1e-6)
+        ends.append((s - 1).abs().nan_to_num(nan=torch.inf).max().item())
+    assert ends[1] < 2e-5
+    if (p, degree) == (2, 2):
+        assert ends[0] > 1
+
+
 def test_more_steps_for_smaller_floors():
     for p, degree in itertools.product((1, 2, 4, 64), (1, 2)):
         lengths = [len(minimax_coefficients(10.0**-k, p, degree)) for k in range(1, 9)]
@@ -183,7 +217,7 @@ def test_is_cached_and_plain():
     assert all(type(c) is float for step in steps for c in step)
 
 
-@pytest.mark.parametrize("floor, p, degree, keywords, error, words", [
+@pytest.mark.parametrize(("floor", "p", "degree", "keywords", "error", "words"), [
     (0.0, 2, 2, {}, ValueError, "floor must be in"),
     (1.0, 2, 2, {}, ValueError, "floor must be in"),
     (float("nan"), 2, 2, {}, ValueError, "floor must be in"),
@@ -195,6 +229,8 @@ def test_is_cached_and_plain():
     (1e-4, True, 2, {}, TypeError, "p must be an int, got bool"),
     (1e-4, 2, 3, {}, ValueError, "degree must be from 1 to 2, got 3"),
     (1e-4, 2, 2, {"tolerance": 1e-16}, ValueError, "tolerance must be in"),
+    (1e-4, 2, 2, {"cushion": 0.5}, ValueError, "cushion must be in"),
+    (1e-4, 2, 2, {"headroom": -0.1}, ValueError, "headroom must be in"),
 ])  # fmt: skip
 def test_errors(floor, p, degree, keywords, error, words):
     with pytest.raises(error, match=words):

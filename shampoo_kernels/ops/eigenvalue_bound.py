@@ -17,8 +17,8 @@ def eigenvalue_bound(A: Tensor) -> Tensor:
 
     For symmetric positive semi-definite blocks that is 1.01 times the least of the three. The sums
     run in float64 on entries scaled by the largest, so that the bound holds for flat blocks, where
-    the textbook formulas round below the eigenvalue, and at every scale. A bound that is no number of
-    the dtype rounds up, to inf at the end of its range.
+    the textbook formulas round below the eigenvalue, and at every scale. A bound that is no
+    number of the dtype rounds up, to inf at the end of its range.
 
     Args:
         A: (*, n, n) float32 or float64, any strides; only the lower triangle is read.

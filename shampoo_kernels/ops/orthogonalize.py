@@ -1,0 +1,141 @@
+"""Orthogonalisation by matrix products: the polar factor, or the Newton-Schulz of Muon."""
+
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from shampoo_kernels.ops import common
+from shampoo_kernels.schedules import minimax_coefficients
+
+_OP = "orthogonalize"
+_MUON_EPS = 1e-7  # Muon's guard against a zero norm
+# Smallest singular value, relative to the bound on the largest, that comes out as 1: a few rounding
+# errors. The floor is of its square, which is what the steps see.
+_FLOOR = {torch.float32: 1e-13, torch.float64: 1e-24}
+_TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-14}
+
+
+def orthogonalize(
+    G: Tensor,
+    *,
+    steps: int | None = None,
+    coefficients: Sequence | None = None,
+    precision: str = "highest",
+) -> Tensor:
+    """The polar factor U Vᵀ of G = U S Vᵀ, or what the Newton-Schulz steps of Muon make of it.
+
+    Every step is X <- a X + (b S + c S²) X with S = X Xᵀ on the shorter side. By default the
+    steps are minimax and bring singular values above 3e-7 (float64: 1e-12) of the largest to 1,
+    with errors below 100 + 4κ units of rounding, κ the condition number. Exactly zero rows and columns
+    stay zero; values at the level of rounding come out anywhere from 0 to 1. Computed in float32
+    (float64 for float64) and returned in the dtype of G.
+
+    Args:
+        G: (*, m, n), any strides; float64, float32, bfloat16 or float16.
+        steps: with one triple of coefficients, how often it is applied; 5 by default.
+        coefficients: None for the polar factor; one triple (a, b, c), or a sequence of triples, one
+            per step, applied as Muon-type optimizers do: from G / max(‖G‖, 1e-7), Frobenius.
+        precision: of float32 products on a GPU: "highest", "high" or "medium".
+
+    Returns:
+        (*, m, n) in the dtype of G. A zero block gives zeros, a block with NaN or Inf gives NaN; no
+        block touches another.
+
+    Raises:
+        TypeError: a dtype or type that is not listed; ValueError: any other mismatch, or G requires
+        grad.
+
+    Sources: Amsel et al. (arXiv 2505.16932) and Grishina et al. (arXiv 2506.10935) for the minimax
+    steps; Jordan et al. 2024 (Muon) for the rest.
+    """
+    common.check_tensors(_OP, G=G)
+    if G.ndim < 2:
+        raise ValueError(f"{_OP}: G must be (*, m, n), got {tuple(G.shape)}")
+    flat = _flatten(steps, coefficients)
+    result = torch.ops.shampoo_kernels.orthogonalize(common.stack(G), flat, precision=precision)
+    return result.reshape(G.shape)
+
+
+def _flatten(steps: int | None, coefficients: Sequence | None) -> list[float] | None:
+    """a, b, c of every step in one list, as an operator's argument; None for the default."""
+    if steps is not None:
+        common.check_integer(_OP, "steps", steps)
+        if coefficients is None or not isinstance(coefficients[0], Real):
+            raise ValueError(f"{_OP}: steps must come with one triple of coefficients, got {steps}")
+        if steps < 1:
+            raise ValueError(f"{_OP}: steps must be at least 1, got {steps}")
+    if coefficients is None:
+        return None
+    triples = list(coefficients)
+    if triples and isinstance(triples[0], Real):
+        triples = [triples] * (5 if steps is None else steps)
+    if not triples or any(len(triple) != 3 for triple in triples):
+        raise ValueError(
+            f"{_OP}: coefficients must be (a, b, c) or a sequence of such triples, "
+            f"got {coefficients!r}"
+        )
+    return [float(c) for triple in triples for c in triple]
+
+
+def orthogonalize_ref(G: Tensor, coefficients: list[float] | None) -> Tensor:
+    """(B, m, n) -> (B, m, n) in float32 or float64, by torch."""
+    tall = G.shape[-2] > G.shape[-1]
+    X = (G.mT if tall else G).to(torch.float64 if G.dtype == torch.float64 else torch.float32)
+    scale = X.abs().amax((-2, -1), keepdim=True)
+    X = X / torch.where(scale > 0, scale, 1.0)
+    S = X @ X.mT
+    if coefficients is None:
+        factor = torch.ops.shampoo_kernels.eigenvalue_bound(S)[:, None, None].rsqrt()
+        factor = torch.where(scale > 0, factor, scale)  # NaN stays NaN
+        steps = _polar_steps(X.dtype)
+    else:
+        norm = S.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[:, None, None]  # of G / scale
+        factor = 1 / torch.maximum(norm, _MUON_EPS / scale)
+        steps = list(zip(*[iter(coefficients)] * 3, strict=True))
+    X, S = X * factor, S * factor**2
+    for k, (a, b, c) in enumerate(steps):
+        if k > 0:
+            S = torch.bmm(X, X.mT)
+        W = torch.baddbmm(S, S, S, beta=b, alpha=c)
+        X = torch.baddbmm(X, W, X, beta=a)
+    return X.mT if tall else X
+
+
+def _polar_steps(dtype: torch.dtype) -> tuple[tuple[float, ...], ...]:
+    """The cushion spares large singular values, whose directions a plain minimax step spoils by
+    throwing them down to the floor; without headroom a value near 2 diverges."""
+    return minimax_coefficients(
+        _FLOOR[dtype], 2, 2, tolerance=_TOLERANCE[dtype], cushion=0.1, headroom=0.01
+    )
+
+
+def _check(G: Tensor, coefficients: list[float] | None, *, precision: str = "highest") -> None:
+    common.check_option(_OP, "precision", precision, common.PRECISIONS)
+    common.check_dtype(_OP, "G", G, common.FLOATS)
+    if G.ndim != 3:
+        raise ValueError(f"{_OP}: G must be (B, m, n), got {tuple(G.shape)}")
+    if coefficients is not None and (not coefficients or len(coefficients) % 3):
+        raise ValueError(
+            f"{_OP}: coefficients must be three numbers per step, got {len(coefficients)}"
+        )
+
+
+def _implementation(G, coefficients=None, *, precision="highest") -> Tensor:
+    _check(G, coefficients, precision=precision)
+    if G.numel() == 0:
+        return G.new_empty(G.shape)
+    return orthogonalize_ref(G, coefficients).to(G.dtype).contiguous()
+
+
+def _fake(G, coefficients=None, *, precision="highest") -> Tensor:
+    _check(G, coefficients, precision=precision)
+    return G.new_empty(G.shape)
+
+
+common.register(
+    'orthogonalize(Tensor G, float[]? coefficients=None, *, str precision="highest") -> Tensor',
+    _implementation,
+    _fake,
+)
