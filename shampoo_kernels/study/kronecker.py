@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.ops import common
+from shampoo_kernels.ops.kronecker_power_step import kronecker_power_step
 
 _CHUNK = 1 << 22  # float64 elements of one temporary: 32 MiB
 
@@ -59,8 +60,8 @@ def optimal_kronecker(
     """The Kronecker product nearest to H = E[ggᵀ], by alternating power steps from the identity.
 
     Each half step is the least-squares optimal factor given the other one, so sigma never falls;
-    the factors converge at the rate (sigma_2 / sigma_1)². Memory: a float64 copy of `grads` and
-    its product with one factor.
+    the factors converge at the rate (sigma_2 / sigma_1)². Memory: a float64 copy of `grads`
+    and the temporaries of one power step, a few times as much.
 
     Args:
         grads: (N, m, n), any float dtype.
@@ -97,7 +98,7 @@ def cosines(grads: Tensor, *, tol: float = 1e-6, max_steps: int = 1000) -> Cosin
     grads, _ = _prepare(grads)
     norm = _norm(grads)
     best = _optimal(grads, tol, max_steps)
-    left, right = _unit(_left_step(grads, None)), _unit(_left_step(grads.mT, None))
+    left, right = (_unit(factor) for factor in kronecker_power_step(grads, *_identities(grads)))
     roots = _unit(_square_root(left)), _unit(_square_root(right))
     return Cosines(
         optimal=best.sigma / norm,
@@ -107,14 +108,11 @@ def cosines(grads: Tensor, *, tol: float = 1e-6, max_steps: int = 1000) -> Cosin
 
 
 def _optimal(grads: Tensor, tol: float, max_steps: int) -> OptimalKronecker:
-    m, n = grads.shape[1:]
-    left = _unit(torch.eye(m, dtype=grads.dtype, device=grads.device))
-    right = _unit(torch.eye(n, dtype=grads.dtype, device=grads.device))
+    left, right = (_unit(factor) for factor in _identities(grads))
     for step in range(1, max_steps + 1):
-        new_left = _unit(_left_step(grads, right))
-        new_right = _left_step(grads.mT, new_left)
-        sigma = float(new_right.norm())
-        new_right = new_right / sigma
+        new_left, new_right = kronecker_power_step(grads, left, right, scheme="alternating")
+        sigma = float(new_left.norm() * new_right.norm())
+        new_left, new_right = _unit(new_left), _unit(new_right)
         moved = max(float((new_left - left).norm()), float((new_right - right).norm()))
         left, right = new_left, new_right
         if moved <= tol:
@@ -122,10 +120,9 @@ def _optimal(grads: Tensor, tol: float, max_steps: int) -> OptimalKronecker:
     return OptimalKronecker(left, right, sigma, max_steps, False)
 
 
-def _left_step(grads: Tensor, right: Tensor | None) -> Tensor:
-    """E[G R Gᵀ] (m, m) for grads (N, m, n); None is the identity."""
-    weighted = grads if right is None else grads @ right
-    return torch.einsum("bij,bkj->ik", weighted, grads) / grads.shape[0]
+def _identities(grads: Tensor) -> tuple[Tensor, Tensor]:
+    m, n = (torch.eye(k, dtype=grads.dtype, device=grads.device) for k in grads.shape[1:])
+    return m, n
 
 
 def _norm(grads: Tensor) -> float:

@@ -1,0 +1,123 @@
+"""The images the demo trains on: scikit-learn's digits, or MNIST or CIFAR-10 from a folder."""
+
+import gzip
+import os
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DATASETS = ("digits", "mnist", "cifar10")
+FOLDER = "SHAMPOO_KERNELS_DATA"
+MNIST_FILES = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+CIFAR10_FILE = "cifar10_subset.npz"
+
+_SPLIT_SEED = 0
+T = TypeVar("T")
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile)
+
+
+class DataError(Exception):
+    """Data that is missing or not what it should be; the message is one line for the user."""
+
+
+class Data(NamedTuple):
+    """Images (N, channels, size, size) float32, standardised; labels (N,) int64 below 10."""
+
+    title: str
+    train_images: Tensor
+    train_labels: Tensor
+    validation_images: Tensor
+    validation_labels: Tensor
+
+
+def load(name: str) -> Data:
+    """The data set of that name from DATASETS, with its fixed split.
+
+    Raises DataError: no folder, no file, or a file that cannot be read.
+    """
+    return {"digits": _digits, "mnist": _mnist, "cifar10": _cifar10}[name]()
+
+
+def _digits() -> Data:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return _split("digits (scikit-learn)", digits.images[:, None], digits.target, validation=450)
+
+
+def _mnist() -> Data:
+    images, labels = (_read(name, _idx) for name in MNIST_FILES)
+    _expect(MNIST_FILES[0], images.ndim == 3 and images.shape[1] == images.shape[2])
+    _expect(MNIST_FILES[1], labels.shape == images.shape[:1])
+    return _split("MNIST (its test files)", images[:, None], labels, validation=len(labels) // 5)
+
+
+def _cifar10() -> Data:
+    keys = [f"{part}_{kind}" for part in ("train", "test") for kind in ("images", "labels")]
+    arrays = _read(CIFAR10_FILE, lambda path: _npz(path, keys))
+    for images, labels in (arrays[:2], arrays[2:]):
+        _expect(CIFAR10_FILE, images.ndim == 4 and images.shape[1:] == (3, 32, 32))
+        _expect(CIFAR10_FILE, labels.shape == images.shape[:1])
+    return _standardised("CIFAR-10 (subset)", *arrays)
+
+
+def _split(title: str, images: np.ndarray, labels: np.ndarray, validation: int) -> Data:
+    """The last `validation` images of a fixed shuffle are for validation."""
+    generator = torch.Generator().manual_seed(_SPLIT_SEED)
+    order = torch.randperm(len(images), generator=generator).numpy()
+    train, held_out = order[:-validation], order[-validation:]
+    return _standardised(title, images[train], labels[train], images[held_out], labels[held_out])
+
+
+def _standardised(title: str, *arrays: np.ndarray) -> Data:
+    """Every channel to mean 0 and standard deviation 1 over the training images."""
+    train_images, train_labels, images, labels = (torch.from_numpy(np.array(a)) for a in arrays)
+    over = (0, 2, 3)
+    mean = train_images.float().mean(over, keepdim=True)
+    deviation = train_images.float().std(over, keepdim=True)
+    return Data(
+        title,
+        (train_images.float() - mean) / deviation,
+        train_labels.long(),
+        (images.float() - mean) / deviation,
+        labels.long(),
+    )
+
+
+def _read(name: str, reader: Callable[[Path], T]) -> T:
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        raise DataError(f"{name} is read from the folder in {FOLDER}, which is not set")
+    path = Path(folder) / name
+    if not path.is_file():
+        raise DataError(f"no file {path} ({FOLDER} names the folder)")
+    try:
+        return reader(path)
+    except _UNREADABLE as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _idx(path: Path) -> np.ndarray:
+    """An IDX file of bytes: 0, 0, 8, the number of dimensions, each as big-endian int32, data."""
+    content = gzip.decompress(path.read_bytes())
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise ValueError("not an IDX file of unsigned bytes")
+    header = 4 + 4 * content[3]
+    shape = np.frombuffer(content[4:header], ">i4")
+    return np.frombuffer(content[header:], np.uint8).reshape(shape)
+
+
+def _npz(path: Path, keys: list[str]) -> list[np.ndarray]:
+    with np.load(path, allow_pickle=False) as archive:
+        return [archive[key] for key in keys]
+
+
+def _expect(name: str, holds: bool) -> None:
+    if not holds:
+        raise DataError(f"{name} in {FOLDER} does not hold the images and labels it should")
