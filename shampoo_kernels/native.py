@@ -13,6 +13,8 @@ from typing import Any
 
 import torch  # before _C, which finds its symbols in the libraries that torch has loaded
 
+NOT_BUILT = "not built: this is a source tree, `pip install --no-build-isolation -e .` builds it"
+
 
 def _read_facts() -> dict[str, Any]:
     try:
@@ -23,7 +25,7 @@ def _read_facts() -> dict[str, Any]:
 
 def _load(facts: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
     if not facts:
-        return None, "not built: install the package, `pip install --no-build-isolation -e .`"
+        return None, NOT_BUILT
     if not facts["native"]:
         return None, f"not built: {facts['why_not']}"
     try:
