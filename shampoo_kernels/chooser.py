@@ -82,7 +82,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def why_absent(row: Row) -> str | None:
     """Why the kernel of this row cannot run here, or None where it can."""
-    if row.backend == "native" and native.lib is None:
+    if native.lib is None:
         return native.why_not
     if row.op == "inverse_root" and not native.lib.has_lapack():
         return "this torch exports no LAPACK (ssyevd_), so blocks go through torch.linalg.eigh"

@@ -26,13 +26,12 @@ def newton(A: Tensor, p: int, coefficients: Coefficients) -> tuple[Tensor, Tenso
     All factors are polynomials of one matrix, so every product is symmetric and may be computed by
     half and mirrored, in fp32-grade arithmetic only.
     """
-    X, M = None, A
-    for step, coefficient in enumerate(coefficients, start=1):
-        h = _polynomial(M, coefficient)
-        X = h if X is None else _symmetric(X, h)
-        if step == len(coefficients):
-            break
+    M = A
+    X = h = _polynomial(M, coefficients[0])
+    for coefficient in coefficients[1:]:
         M = _symmetric(_power(h, p), M)
+        h = _polynomial(M, coefficient)
+        X = _symmetric(X, h)
     return X, _distance_to_identity(M)
 
 
@@ -49,16 +48,16 @@ def product(A: Tensor, p: int, coefficients: Coefficients) -> tuple[Tensor, Tens
     if p == 1:
         X, distance = product(A, 2, coefficients)
         return _symmetric(X, X), distance
-    X, Y, P = None, A, A
-    for step, (a, *rest) in enumerate(coefficients, start=1):
-        if X is not None:
-            P = X @ (X @ Y) if p == 4 else X @ Y
+    Y = P = A
+    a, *rest = coefficients[0]
+    W = _polynomial(P, (0.0, *rest))
+    X = _add_identity(W.clone(), a)
+    for coefficient in coefficients[1:]:
+        Y = a * Y + Y @ W if p == 2 else a * a * Y + Y @ (2 * a * W + W @ W)
+        P = X @ Y if p == 2 else X @ (X @ Y)
+        a, *rest = coefficient
         W = _polynomial(P, (0.0, *rest))
-        X = _add_identity(W.clone(), a) if X is None else a * X + W @ X
-        if step < len(coefficients) and p == 2:
-            Y = a * Y + Y @ W
-        elif step < len(coefficients) and p == 4:
-            Y = a * a * Y + Y @ (2 * a * W + W @ W)
+        X = a * X + W @ X
     return (X + X.mT) / 2, _distance_to_identity(P)
 
 
@@ -82,14 +81,11 @@ def _symmetric(A: Tensor, B: Tensor) -> Tensor:
 
 def _power(h: Tensor, p: int) -> Tensor:
     """h^p by squaring."""
-    result = None
-    while True:
-        if p % 2:
-            result = h if result is None else _symmetric(result, h)
-        p //= 2
-        if not p:
-            return result
-        h = _symmetric(h, h)
+    if p == 1:
+        return h
+    half = _power(h, p // 2)
+    square = _symmetric(half, half)
+    return _symmetric(square, h) if p % 2 else square
 
 
 def _distance_to_identity(M: Tensor) -> Tensor:

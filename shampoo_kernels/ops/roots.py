@@ -100,8 +100,8 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except torch.linalg.LinAlgError:
         if A.shape[0] == 1:
             return *torch.linalg.eigh(torch.eye(A.shape[-1]).to(A)[None]), ~solved
-        parts = [_eigh(block) for block in A.split(1)]
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        values, vectors, each = zip(*(_eigh(block) for block in A.split(1)), strict=True)
+        return torch.cat(values), torch.cat(vectors), torch.cat(each)
 
 
 def _replace(A: Tensor, bad: Tensor) -> Tensor:
