@@ -28,9 +28,9 @@ def orthogonalize(
 
     Every step is X <- a X + (b S + c S²) X with S = X Xᵀ on the shorter side. By default the
     steps are minimax and bring singular values above 3e-7 (float64: 1e-12) of the largest to 1,
-    with errors below 100 + 4κ units of rounding, κ the condition number. Exactly zero rows and columns
-    stay zero; values at the level of rounding come out anywhere from 0 to 1. Computed in float32
-    (float64 for float64) and returned in the dtype of G.
+    with errors below 100 + 4κ units of rounding, κ the condition number. Exactly zero rows and
+    columns stay zero; values at the level of rounding come out anywhere from 0 to 1. Computed in
+    float32 (float64 for float64) and returned in the dtype of G.
 
     Args:
         G: (*, m, n), any strides; float64, float32, bfloat16 or float16.
