@@ -1,0 +1,184 @@
+#include "eigenvalue_bound.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../kernels.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace shampoo {
+namespace {
+
+// The lower triangle, one scaled row at a time.
+template <class T>
+class Rows {
+ public:
+  Rows(const T* a, int64_t row_stride, int64_t column_stride, double* row)
+      : a_(a), row_stride_(row_stride), column_stride_(column_stride), row_(row) {}
+
+  // |a_ij| / 2^exponent for j < i.
+  const double* magnitudes(int64_t i) {
+    const T* from = a_ + i * row_stride_;
+    if (column_stride_ == 1) {
+      for (int64_t j = 0; j < i; ++j) row_[j] = std::abs(double(from[j])) * factor_;
+    } else {
+      for (int64_t j = 0; j < i; ++j) {
+        row_[j] = std::abs(double(from[j * column_stride_])) * factor_;
+      }
+    }
+    return row_;
+  }
+  double diagonal(int64_t i) const {
+    return double(a_[i * (row_stride_ + column_stride_)]) * factor_;
+  }
+  void scale(int exponent) { factor_ = std::ldexp(1.0, -exponent); }
+
+ private:
+  const T* a_;
+  int64_t row_stride_, column_stride_;
+  double* row_;
+  double factor_ = 1;
+};
+
+// Four partial sums per quantity: a single one would wait for every addition before the next.
+constexpr int kLanes = 4;
+
+// r_i = sum_j |a_ij| from each element of the lower triangle once; returns |A - diag(A)|_F^2.
+template <class T>
+double row_sums(Rows<T>& rows, int64_t n, double* r) {
+  std::fill(r, r + n, 0.0);
+  double squares[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const double* x = rows.magnitudes(i);
+    double sums[kLanes] = {};
+    int64_t j = 0;
+    for (; j + kLanes <= i; j += kLanes) {
+      for (int l = 0; l < kLanes; ++l) {
+        sums[l] += x[j + l];
+        squares[l] += x[j + l] * x[j + l];
+        r[j + l] += x[j + l];
+      }
+    }
+    for (; j < i; ++j) {
+      sums[0] += x[j];
+      squares[0] += x[j] * x[j];
+      r[j] += x[j];
+    }
+    r[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]) + std::abs(rows.diagonal(i));
+  }
+  return 2 * ((squares[0] + squares[1]) + (squares[2] + squares[3]));
+}
+
+// max_i (|A| r)_i / r_i, given r.
+template <class T>
+double minc(Rows<T>& rows, int64_t n, const double* r, double* product) {
+  std::fill(product, product + n, 0.0);
+  for (int64_t i = 0; i < n; ++i) {
+    const double* x = rows.magnitudes(i);
+    double sums[kLanes] = {};
+    int64_t j = 0;
+    for (; j + kLanes <= i; j += kLanes) {
+      for (int l = 0; l < kLanes; ++l) {
+        sums[l] += x[j + l] * r[j + l];
+        product[j + l] += x[j + l] * r[i];
+      }
+    }
+    for (; j < i; ++j) {
+      sums[0] += x[j] * r[j];
+      product[j] += x[j] * r[i];
+    }
+    product[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]) + std::abs(rows.diagonal(i)) * r[i];
+  }
+  double largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (r[i] > 0) largest = std::max(largest, product[i] / r[i]);
+  }
+  return largest;
+}
+
+// max |a_ij|, or the NaN or Inf among them.
+template <class T>
+double largest_magnitude(Rows<T>& rows, int64_t n) {
+  double largest = 0, poison = 0;  // x * 0 is NaN for NaN and Inf, else 0
+  bool nan = false;
+  for (int64_t i = 0; i < n; ++i) {
+    const double* x = rows.magnitudes(i);
+    const double d = std::abs(rows.diagonal(i));
+    poison += d * 0;
+    nan |= d != d;
+    largest = std::max(largest, d);
+    for (int64_t j = 0; j < i; ++j) {
+      poison += x[j] * 0;
+      nan |= x[j] != x[j];
+      largest = std::max(largest, x[j]);
+    }
+  }
+  if (poison == 0) return largest;
+  return nan ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
+}
+
+}  // namespace
+
+template <class T>
+double bound_block(const T* a, int64_t n, int64_t row_stride, int64_t column_stride,
+                   double* workspace) {
+  if (n == 0) return 0;
+  double *r = workspace, *product = workspace + n;
+  Rows<T> rows(a, row_stride, column_stride, workspace + 2 * n);
+
+  // The squares of float32 numbers fit double, those of float64 numbers are scaled to.
+  int exponent = 0;
+  if constexpr (sizeof(T) == sizeof(double)) {
+    const double largest = largest_magnitude(rows, n);
+    if (!std::isfinite(largest)) return largest;
+    std::frexp(largest, &exponent);
+    exponent = std::clamp(exponent, -1000, 1000);  // 2^-exponent must be a normal number
+    rows.scale(exponent);
+  }
+
+  const double off_diagonal = row_sums(rows, n, r);
+  double mean = 0, diagonal = 0, centred = 0;
+  for (int64_t i = 0; i < n; ++i) mean += rows.diagonal(i) / double(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = rows.diagonal(i);
+    diagonal += d * d;
+    centred += (d - mean) * (d - mean);
+  }
+  const double frobenius = std::sqrt(off_diagonal + diagonal);
+  if (!std::isfinite(frobenius)) {
+    const double largest = largest_magnitude(rows, n);
+    return std::isfinite(largest) ? frobenius : largest;
+  }
+  const double deviation = std::sqrt((off_diagonal + centred) / double(n));
+  // Near zero, 1 % of the result is less than the roundings of the sum.
+  const double rounding = 4 * std::numeric_limits<double>::epsilon() * double(n) * frobenius;
+  const double wolkowicz_styan = mean + deviation * std::sqrt(double(n - 1)) + rounding;
+  const double bound = std::min({frobenius, wolkowicz_styan, minc(rows, n, r, product)});
+  return std::ldexp(bound + 0.01 * std::abs(bound), exponent);
+}
+
+template double bound_block(const float*, int64_t, int64_t, int64_t, double*);
+template double bound_block(const double*, int64_t, int64_t, int64_t, double*);
+
+template <class T>
+void eigenvalue_bound(const SymmetricStack<T>& stack, T* bound, const Parallel& parallel) {
+  const int64_t grain = 1 + 65536 / std::max<int64_t>(stack.n * stack.n, 1);
+  for_each(parallel, stack.blocks, grain, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    auto* workspace = static_cast<double*>(scratch.reserve(3 * stack.n * sizeof(double)));
+    for (int64_t b = begin; b < end; ++b) {
+      const double exact = bound_block(stack.data + b * stack.block_stride, stack.n,
+                                       stack.row_stride, stack.column_stride, workspace);
+      const T nearest = T(exact);
+      const bool below = double(nearest) < exact;
+      bound[b] = below ? std::nextafter(nearest, std::numeric_limits<T>::infinity()) : nearest;
+    }
+  });
+}
+
+template void eigenvalue_bound(const SymmetricStack<float>&, float*, const Parallel&);
+template void eigenvalue_bound(const SymmetricStack<double>&, double*, const Parallel&);
+
+}  // namespace shampoo

@@ -1,0 +1,31 @@
+// The Gram tile for AVX-512: 28 of 32 registers hold sums. bf16 operands go two k at a time.
+#if defined(__x86_64__) && defined(__AVX512F__) && defined(__AVX512BF16__)
+
+#include <immintrin.h>
+
+#include "gram_tile.h"
+
+namespace shampoo {
+namespace {
+
+// PairMultiplyAdd in one instruction.
+struct Dpbf16 {
+  static SHAMPOO_INLINE Vector<float, 16> apply(const Vector<float, 16>& sum,
+                                                const Vector<float, 16>& a,
+                                                const Vector<float, 16>& b) {
+    return _mm512_dpbf16_ps(sum, bits<__m512bh>(a), bits<__m512bh>(b));
+  }
+};
+
+}  // namespace
+
+constinit const GramIsa gram_avx512 = {
+    "avx512",
+    number_tile<float, 16, 14, 2>(384, 224),
+    bf16_pair_tile<Dpbf16, 16, 14, 2>(768, 224),
+    number_tile<double, 8, 8, 3>(256, 216),
+};
+
+}  // namespace shampoo
+
+#endif

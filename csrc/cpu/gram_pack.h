@@ -1,0 +1,163 @@
+// Packing: rows of any dtype and strides become panels that the register tile reads in order.
+// Internal linkage throughout, see gram_vector.h.
+#pragma once
+
+#include "gram_vector.h"
+
+namespace shampoo {
+namespace {
+
+// How W values of a panel come out of memory. kPerStep consecutive k make one value.
+template <class T, int W, class S>
+struct Numbers {
+  using Source = S;
+  static constexpr int kPerStep = 1;
+  static SHAMPOO_INLINE Vector<T, W> along_k(const S* x) { return Convert<T, W, S>::from(x); }
+  static SHAMPOO_INLINE Vector<T, W> along_n(const S* x, int64_t) {
+    return Convert<T, W, S>::from(x);
+  }
+  static SHAMPOO_INLINE T one(const S* x, int64_t, int64_t) {
+    if constexpr (sizeof(S) == sizeof(T)) {
+      return *x;
+    } else {
+      S lanes[W] = {*x};
+      return Convert<T, W, S>::from(lanes)[0];
+    }
+  }
+};
+
+// Two bf16 numbers of consecutive k, the first in the low half, as the bits of a float.
+template <int W>
+struct Bf16Pairs {
+  using Source = BFloat16;
+  static constexpr int kPerStep = 2;
+  static SHAMPOO_INLINE Vector<float, W> along_k(const BFloat16* x) {
+    return load<Vector<float, W>>(x);
+  }
+  static SHAMPOO_INLINE Vector<float, W> along_n(const BFloat16* x, int64_t k_stride) {
+    using U = Vector<uint32_t, W>;
+    const U low = __builtin_convertvector(load<Vector<uint16_t, W>>(x), U);
+    const U high = __builtin_convertvector(load<Vector<uint16_t, W>>(x + k_stride), U);
+    return bits<Vector<float, W>>(low | high << 16);
+  }
+  static SHAMPOO_INLINE float one(const BFloat16* x, int64_t k_stride, int64_t k_left) {
+    const uint32_t high = k_left > 1 ? x[k_stride].bits : 0;
+    return bits<float>(uint32_t{x->bits} | high << 16);
+  }
+};
+
+// A panel: R rows in steps of kWidth values.
+template <int W, int R>
+constexpr int kWidth = (R + W - 1) / W * W;
+
+// Steps [begin, end), one value at a time; rows beyond `rows` become 0.
+template <class T, int W, int R, class Reader>
+void pack_values(const typename Reader::Source* source, const GramChunk& chunk, int64_t rows,
+                 int64_t begin, int64_t end, T* panel) {
+  for (int64_t step = begin; step < end; ++step) {
+    const int64_t k = step * Reader::kPerStep;
+    const auto* x = source + k * chunk.k_stride;
+    T* to = panel + step * kWidth<W, R>;
+    for (int r = 0; r < kWidth<W, R>; r += W) store(to + r, Vector<T, W>{});
+    for (int64_t r = 0; r < rows; ++r, x += chunk.row_stride) {
+      to[r] = Reader::one(x, chunk.k_stride, chunk.depth - k);
+    }
+  }
+}
+
+// k is contiguous: W rows by W steps at a time, transposed in registers. Returns the steps done.
+template <class T, int W, int R, class Reader, bool kFull>
+int64_t pack_along_k(const typename Reader::Source* source, const GramChunk& chunk, int64_t rows,
+                     T* panel) {
+  const int64_t steps = chunk.depth / Reader::kPerStep / W * W;
+  for (int64_t step = 0; step < steps; step += W) {
+#pragma GCC unroll 2
+    for (int group = 0; group < R; group += W) {
+      Vector<T, W> v[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) {
+        v[r] = Vector<T, W>{};
+        if (group + r < R && (kFull || group + r < rows)) {
+          v[r] = Reader::along_k(source + (group + r) * chunk.row_stride + step * Reader::kPerStep);
+        }
+      }
+      transpose<T, W>(v);
+#pragma GCC unroll 16
+      for (int s = 0; s < W; ++s) store(panel + (step + s) * kWidth<W, R> + group, v[s]);
+    }
+  }
+  return steps;
+}
+
+// n is contiguous: a copy by whole vectors, for which kWidth rows must exist. Returns the steps
+// done.
+template <class T, int W, int R, class Reader>
+int64_t pack_along_n(const typename Reader::Source* source, const GramChunk& chunk, T* panel) {
+  const int64_t steps = chunk.depth / Reader::kPerStep;
+  for (int64_t step = 0; step < steps; ++step) {
+    const auto* x = source + step * Reader::kPerStep * chunk.k_stride;
+#pragma GCC unroll 2
+    for (int group = 0; group < R; group += W) {
+      store(panel + step * kWidth<W, R> + group, Reader::along_n(x + group, chunk.k_stride));
+    }
+  }
+  return steps;
+}
+
+// GramTile::Pack.
+template <class T, int W, int R, class Reader>
+void pack(const GramChunk& chunk, int64_t n, int64_t begin, int64_t end, T* panels) {
+  const int64_t slab_steps = chunk_steps(1, chunk.depth, Reader::kPerStep);
+  const int64_t panel_size = chunk.slabs * slab_steps * kWidth<W, R>;
+  for (int64_t row = begin; row < end; row += R) {
+    const int64_t rows = n - row < R ? n - row : R;
+    T* panel = panels + row / R * panel_size;
+    for (int64_t slab = 0; slab < chunk.slabs; ++slab, panel += slab_steps * kWidth<W, R>) {
+      const auto* source = static_cast<const typename Reader::Source*>(chunk.data) +
+                           slab * chunk.slab_stride + row * chunk.row_stride;
+      int64_t done = 0;
+      if (chunk.k_stride == 1) {
+        done = rows == R ? pack_along_k<T, W, R, Reader, true>(source, chunk, rows, panel)
+                         : pack_along_k<T, W, R, Reader, false>(source, chunk, rows, panel);
+      } else if (chunk.row_stride == 1 && n - row >= kWidth<W, R>) {
+        done = pack_along_n<T, W, R, Reader>(source, chunk, panel);
+      }
+      pack_values<T, W, R, Reader>(source, chunk, rows, done, slab_steps, panel);
+    }
+  }
+}
+
+// GramTile::copy_left: MR-row panels out of NR-row panels. The rows of a panel may begin in one and
+// end in the next source panel; then two vectors are blended.
+template <class T, int W, int MR, int NR>
+void copy_left(const T* grad_panels, int64_t steps, int64_t n, int64_t begin, int64_t end,
+               T* left_panels) {
+  static_assert(kWidth<W, MR> == W, "a step of left is one vector");
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  const auto lane = ascending<Index>(std::make_integer_sequence<Index, W>());
+  for (int64_t row = begin; row < end; row += MR) {
+    const T* from = grad_panels + row / NR * steps * NR + row % NR;
+    T* to = left_panels + row / MR * steps * W;
+    const int64_t here = NR - row % NR;  // rows that the first source panel holds
+    const T* next = grad_panels + (row / NR + 1) * steps * NR - here;
+    const bool straddles = here < MR && row + here < n;
+    // A vector may run into the next step; the last one goes by values, lest it leave the panel.
+    if (straddles) {
+      const auto first = lane < Index(here);
+      for (int64_t s = 0; s < steps - 1; ++s) {
+        const auto a = load<Vector<T, W>>(from + s * NR), b = load<Vector<T, W>>(next + s * NR);
+        store(to + s * W, first ? a : b);
+      }
+    } else {
+      for (int64_t s = 0; s < steps - 1; ++s) {
+        store(to + s * W, load<Vector<T, W>>(from + s * NR));
+      }
+    }
+    for (int64_t r = 0; r < MR && row + r < n; ++r) {
+      to[(steps - 1) * W + r] = (r < here ? from : next)[(steps - 1) * NR + r];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace shampoo

@@ -1,0 +1,182 @@
+// The register tile, the loops around it and the mirror, for any vector width and tile size.
+// Internal linkage throughout, see gram_vector.h.
+#pragma once
+
+#include "gram_pack.h"
+
+namespace shampoo {
+namespace {
+
+// sum + a * b: one number per lane.
+struct MultiplyAdd {
+  template <class V>
+  static SHAMPOO_INLINE V apply(const V& sum, const V& a, const V& b) {
+    return sum + a * b;  // contracted to an FMA where there is one
+  }
+};
+
+// sum + a1 * b1 + a0 * b0: two bf16 numbers per lane, in the order of vdpbf16ps.
+struct PairMultiplyAdd {
+  template <class V>
+  static SHAMPOO_INLINE V apply(const V& sum, const V& a, const V& b) {
+    using U = Vector<uint32_t, sizeof(V) / 4>;
+    const U ua = bits<U>(a), ub = bits<U>(b);
+    const V high = sum + bits<V>(ua & 0xffff0000u) * bits<V>(ub & 0xffff0000u);
+    return high + bits<V>(ua << 16) * bits<V>(ub << 16);
+  }
+};
+
+// One MR x (NV W) tile of the product in registers, then into stat: the whole tile, or (kEdge)
+// only what lies on or below the diagonal and inside the matrix.
+template <class Op, class T, int W, int MR, int NV, bool kEdge>
+SHAMPOO_INLINE void update_tile(const typename GramTile<T>::Update& u, const T* left, const T* grad,
+                                int64_t i, int64_t j) {
+  using V = Vector<T, W>;
+  constexpr int NR = NV * W;
+  T* stat = u.stat + i * u.stat_row_stride + j;
+  V sum[MR][NV] = {};
+  for (int64_t step = 0; step < u.steps; ++step, left += kWidth<W, MR>, grad += NR) {
+    V g[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) g[v] = load<V>(grad + v * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      const V l = broadcast<T, W>(left[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[r][v] = Op::apply(sum[r][v], l, g[v]);
+    }
+  }
+  const bool read = u.beta != T{0};
+  if constexpr (!kEdge) {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        T* to = stat + r * u.stat_row_stride + v * W;
+        const V scaled = u.alpha * sum[r][v];
+        store(to, read ? u.beta * load<V>(to) + scaled : scaled);
+      }
+    }
+  } else {
+    T tile[MR][NR];
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) store(&tile[r][v * W], u.alpha * sum[r][v]);
+    }
+    const int64_t rows = u.n - i < MR ? u.n - i : MR;
+    for (int64_t r = 0; r < rows; ++r, stat += u.stat_row_stride) {
+      const int64_t end = i + r - j + 1 < NR ? i + r - j + 1 : NR;
+      int64_t c = 0;
+      for (; c + W <= end; c += W) {
+        const V scaled = load<V>(&tile[r][c]);
+        store(stat + c, read ? u.beta * load<V>(stat + c) + scaled : scaled);
+      }
+      for (; c < end; ++c) stat[c] = read ? u.beta * stat[c] + tile[r][c] : tile[r][c];
+    }
+  }
+}
+
+// GramTile::update. The panel of grad stays in the L1 cache while the panels of left pass by.
+template <class Op, class T, int W, int MR, int NV>
+void update(const typename GramTile<T>::Update& u, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  constexpr int NR = NV * W;
+  const int64_t left_size = u.steps * kWidth<W, MR>, grad_size = u.steps * NR;
+  for (int64_t j = j0; j < j1 && j < i1; j += NR) {
+    const T* grad = u.grad + j / NR * grad_size;
+    const int64_t diagonal = j / MR * MR;  // the first tile that holds something of column j
+    for (int64_t i = i0 > diagonal ? i0 : diagonal; i < i1; i += MR) {
+      const T* left = u.left + i / MR * left_size;
+      if (i >= j + NR - 1 && i + MR <= u.n) {
+        update_tile<Op, T, W, MR, NV, false>(u, left, grad, i, j);
+      } else {
+        update_tile<Op, T, W, MR, NV, true>(u, left, grad, i, j);
+      }
+    }
+  }
+}
+
+// The W x W block at (i, j), i >= j, to (j, i). A block on the diagonal keeps its lower triangle.
+template <class T, int W>
+SHAMPOO_INLINE void mirror_block(T* stat, int64_t row_stride, int64_t i, int64_t j) {
+  Vector<T, W> v[W];
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) v[r] = load<Vector<T, W>>(stat + (i + r) * row_stride + j);
+  transpose<T, W>(v);
+  if (i > j) {
+#pragma GCC unroll 16
+    for (int c = 0; c < W; ++c) store(stat + (j + c) * row_stride + i, v[c]);
+  } else {
+    using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+    const auto lane = ascending<Index>(std::make_integer_sequence<Index, W>());
+#pragma GCC unroll 16
+    for (int c = 0; c < W; ++c) {
+      T* row = stat + (i + c) * row_stride + i;
+      store(row, lane > Index(c) ? v[c] : load<Vector<T, W>>(row));
+    }
+  }
+}
+
+// GramTile::mirror.
+template <class T, int W>
+void mirror(T* stat, int64_t row_stride, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  for (int64_t i = i0; i < i1; i += W) {
+    for (int64_t j = j0; j < j1 && j < i + W; j += W) {
+      if (i + W <= i1 && j + W <= j1 && (j + W <= i || j == i)) {
+        mirror_block<T, W>(stat, row_stride, i, j);
+        continue;
+      }
+      for (int64_t r = i; r < i + W && r < i1; ++r) {
+        for (int64_t c = j; c < j + W && c < j1 && c < r; ++c) {
+          stat[c * row_stride + r] = stat[r * row_stride + c];
+        }
+      }
+    }
+  }
+}
+
+template <class Op, class T, int W, int MR, int NV>
+constexpr GramTile<T> make_tile(int depth, int left_block) {
+  GramTile<T> t = {};
+  t.left_rows = MR;
+  t.grad_rows = NV * W;
+  t.left_width = kWidth<W, MR>;
+  t.depth = depth;
+  t.left_block = left_block;
+  t.update = update<Op, T, W, MR, NV>;
+  t.copy_left = copy_left<T, W, MR, NV * W>;
+  t.mirror = mirror<T, W>;
+  return t;
+}
+
+// The tile whose operands are numbers of any dtype.
+template <class T, int W, int MR, int NV>
+constexpr GramTile<T> number_tile(int depth, int left_block) {
+  GramTile<T> t = make_tile<MultiplyAdd, T, W, MR, NV>(depth, left_block);
+  t.per_step = 1;
+  if constexpr (sizeof(T) == 8) {
+    t.pack_left[int(DType::kFloat64)] = pack<T, W, MR, Numbers<T, W, double>>;
+    t.pack_grad[int(DType::kFloat64)] = pack<T, W, NV * W, Numbers<T, W, double>>;
+  } else {
+    t.pack_left[int(DType::kFloat32)] = pack<T, W, MR, Numbers<T, W, float>>;
+    t.pack_grad[int(DType::kFloat32)] = pack<T, W, NV * W, Numbers<T, W, float>>;
+    t.pack_left[int(DType::kBFloat16)] = pack<T, W, MR, Numbers<T, W, BFloat16>>;
+    t.pack_grad[int(DType::kBFloat16)] = pack<T, W, NV * W, Numbers<T, W, BFloat16>>;
+    t.pack_left[int(DType::kFloat16)] = pack<T, W, MR, Numbers<T, W, Float16>>;
+    t.pack_grad[int(DType::kFloat16)] = pack<T, W, NV * W, Numbers<T, W, Float16>>;
+  }
+  return t;
+}
+
+// The tile whose operands are bf16, two k at a time.
+template <class Op, int W, int MR, int NV>
+constexpr GramTile<float> bf16_pair_tile(int depth, int left_block) {
+  GramTile<float> t = make_tile<Op, float, W, MR, NV>(depth, left_block);
+  t.per_step = 2;
+  t.pack_left[int(DType::kBFloat16)] = pack<float, W, MR, Bf16Pairs<W>>;
+  t.pack_grad[int(DType::kBFloat16)] = pack<float, W, NV * W, Bf16Pairs<W>>;
+  return t;
+}
+
+}  // namespace
+}  // namespace shampoo

@@ -1,0 +1,93 @@
+// Every launcher of the package: plain pointers, sizes, strides, and no torch. All strides count
+// elements, not bytes. The CPU launchers may be called from several threads at once.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace shampoo {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+// The caller's thread pool. `run` calls body(context, worker) for every worker in [0, workers), at
+// the same time or one after the other, and returns when all calls have returned. It must forward
+// exceptions (std::bad_alloc is the only one thrown) or be used with memory to spare.
+struct Parallel {
+  int64_t workers = 1;
+  void (*run)(int64_t workers, void (*body)(void* context, int64_t worker),
+              void* context) = nullptr;
+};
+
+// An operand of the Gram update, (blocks, slabs, n, k); any stride may be 0.
+struct GramOperand {
+  const void* data;
+  DType dtype;  // kFloat32, kBFloat16 or kFloat16
+  int64_t block_stride, slab_stride, row_stride, k_stride;
+};
+
+// stat[b] <- beta[b] stat[b] + alpha[b] sum_s left[b, s] grad[b, s]^T, which the caller knows to be
+// symmetric: the lower triangle is computed and mirrored.
+struct GramEma {
+  int64_t blocks, n, slabs, k;  // any of them may be 0
+  float* stat;                  // (blocks, n, n): lower triangle read, both triangles written
+  int64_t stat_block_stride, stat_row_stride;  // row stride >= n, column stride 1
+  GramOperand left, grad;                      // not overlapping stat
+  const float* beta;                           // beta[b] == 0: stat[b] is not read
+  const float* alpha;                          // alpha[b] == 0: left[b] and grad[b] are not read
+  int64_t beta_stride, alpha_stride;           // 0: one number for all blocks
+};
+
+// A block's bits depend on that block and on isa() alone. The sums run in float32 over k, then over
+// slabs; products of two 16-bit numbers are exact (bf16 pair instructions flush subnormals to 0).
+void gram_ema(const GramEma& problem, const Parallel& parallel);
+
+// A stack (blocks, n, n) of symmetric matrices of which only the lower triangle is read.
+template <class T>
+struct SymmetricStack {
+  const T* data;
+  int64_t blocks, n;
+  int64_t block_stride, row_stride, column_stride;
+};
+
+// bound[b] >= the largest eigenvalue of stack[b], at most 1.01 times the least of three textbook
+// bounds (cpu/eigenvalue_bound.h). NaN in a lower triangle gives NaN, else Inf gives Inf, for that
+// block alone; a zero or empty block gives 0. T: float, double. `bound`: (blocks,).
+template <class T>
+void eigenvalue_bound(const SymmetricStack<T>& stack, T* bound, const Parallel& parallel);
+
+enum class RootStatus : int8_t { kConverged = 0, kKeptPrevious = 2, kFailed = 3 };
+
+// root[b] <- (A[b] + ridge * eigenvalue_bound(A[b]) I)^(-1/p), through one LAPACK eigensolver call
+// per block on one thread, so that a block's bits depend on that block alone.
+template <class T>
+struct InverseRootEigh {
+  SymmetricStack<T> A;
+  double p;      // > 0
+  double ridge;  // >= 0
+  // >= 0: eigenvalues <= rank_rtol * the largest contribute nothing (pseudo-inverse root); < 0: off
+  double rank_rtol;
+  const T* previous;  // (blocks, n, n) or null: what a block that has no root keeps
+  int64_t previous_block_stride, previous_row_stride, previous_column_stride;
+  T* root;         // (blocks, n, n) contiguous; may be previous, may not overlap A
+  T* residual;     // (blocks,): 0, or Inf where there is no root
+  int8_t* status;  // (blocks,): RootStatus
+};
+
+// Numbers never fail: see cpu/inverse_root.cpp for what a block without a root gets. Requires
+// has_lapack(); throws std::runtime_error otherwise.
+template <class T>
+void inverse_root_eigh(const InverseRootEigh<T>& problem, const Parallel& parallel);
+
+// Whether this process holds ssyevd_ and dsyevd_ (libtorch_cpu exports them where built with MKL).
+bool has_lapack();
+
+// Instruction sets of the Gram kernel that were compiled in, whether or not this CPU has them.
+std::vector<std::string> built_isas();
+// Instruction sets of the Gram kernel, best first: those built in and runnable here, then emulated
+// ones ("...-generic": the same code for another vector width, slow, for tests).
+std::vector<std::string> isas();
+std::string isa();                      // the one in use: the best, unless set_isa was called
+bool set_isa(const std::string& name);  // false, and no change, for a name that isas() lacks
+
+}  // namespace shampoo
