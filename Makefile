@@ -2,8 +2,9 @@
 #   PYTHON=python3.12   the interpreter for .venv (needs 3.11 or later)
 #   TORCH=cpu           the CPU build of torch; the default where there is no NVIDIA driver
 #   TORCH=pypi          PyPI's torch (on Linux with CUDA); the default where there is one
-#   TORCH=installed     the torch of PYTHON itself; nothing is downloaded for it
+#   TORCH=installed     the torch that PYTHON has; nothing is downloaded for it
 #   ARGS='--quick'      passed on to the demo
+# PYTHON and TORCH count when .venv is made: `make clean` first to change them.
 
 PYTHON ?= python3
 TORCH ?= $(if $(shell command -v nvidia-smi),pypi,cpu)
@@ -48,13 +49,15 @@ $(VENV)/.created:
 	    || { echo 'shampoo_kernels needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ...'; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	    || { echo '$(PYTHON) cannot make virtual environments: on Debian or Ubuntu, apt install python3-venv'; exit 1; }
-	$(PYTHON) -m venv $(if $(filter installed,$(TORCH)),--system-site-packages) $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 # torch comes first and alone: what follows finds it installed and brings no CUDA libraries along.
 $(VENV)/.torch: $(VENV)/.created constraints.txt
 ifeq ($(TORCH),installed)
-	@$(PY) -c 'import torch' || { echo 'TORCH=installed, but $(PYTHON) has no torch'; exit 1; }
+	@$(PYTHON) -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])' \
+	    > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/installed_torch.pth \
+	    || { echo 'TORCH=installed, but $(PYTHON) has no torch that can be imported'; exit 1; }
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 else
 	@cp constraints.txt $(VENV)/constraints.txt
