@@ -34,6 +34,10 @@ def train(optimizer, pairs):
         optimizer.step()
 
 
+def eye(n):
+    return torch.eye(n, dtype=torch.float64)
+
+
 def power(A, exponent):
     values, vectors = torch.linalg.eigh(A)
     return vectors * values**exponent @ vectors.mT
@@ -57,8 +61,8 @@ def restated(
             L_hat, R_hat = L / (1 - beta**t), R / (1 - beta**t)
             trace = L_hat.trace()
             left, right = (
-                torch.eye(len(A)).double() if q is None
-                else power(A + ridge * eigenvalue_bound(A) * torch.eye(len(A)), -1 / q)
+                eye(len(A)) if q is None
+                else power(A + ridge * eigenvalue_bound(A) * eye(len(A)), -1 / q)
                 for A, q in ((L_hat, p[0]), (R_hat, p[1]))
             )  # fmt: skip
             both = None not in p

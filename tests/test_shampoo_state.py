@@ -322,7 +322,7 @@ def test_every_bad_option_is_named(name, value):
     ids=str,
 )
 def test_options_that_do_not_go_together_are_refused(options):
-    with pytest.raises(ValueError, match="^Shampoo: "):
+    with pytest.raises(ValueError, match=r"^Shampoo: "):
         Shampoo(parameters(), **options)
 
 

@@ -13,7 +13,7 @@ LEFT, RIGHT = "left", "right"
 
 @dataclass(frozen=True)
 class Cut:
-    """One parameter seen as a matrix (m, n), the sides with a factor, its pieces (rows, columns)."""
+    """One parameter as a matrix (m, n), the sides with a factor, its pieces (rows, columns)."""
 
     matrix: tuple[int, int]
     sides: tuple[str, ...]

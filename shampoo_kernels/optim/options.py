@@ -118,7 +118,9 @@ def _roots(p: object) -> tuple[float | None, float | None]:
         r is None or (_is_real(r) and r > 0 and math.isfinite(r)) for r in pair
     )
     _require(good, "p", "a positive number or None, or a pair (left, right) of them", p)
-    return tuple(float(r) if isinstance(r, Fraction) and r.denominator != 1 else _plain(r) for r in pair)
+    return tuple(
+        float(r) if isinstance(r, Fraction) and r.denominator != 1 else _plain(r) for r in pair
+    )
 
 
 def _plain(root: float | None) -> float | None:
@@ -138,4 +140,6 @@ def _check_root_options(group: dict) -> None:
                 precision=group["precision"],
             )
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Shampoo: root_method, precision, ridge and p do not fit: {error}") from None
+            raise ValueError(
+                f"Shampoo: root_method, precision, ridge and p do not fit: {error}"
+            ) from None

@@ -62,7 +62,9 @@ class Plan:
         present = [grad is not None for grad in grads]
         if not any(present):
             return
-        torch._foreach_add_([s for s, here in zip(self.step_tensors, present, strict=True) if here], 1)
+        torch._foreach_add_(
+            [s for s, here in zip(self.step_tensors, present, strict=True) if here], 1
+        )
         self.steps = [step + here for step, here in zip(self.steps, present, strict=True)]
         weights = _matrices(self.parameters, self.shapes)
         members = Members(

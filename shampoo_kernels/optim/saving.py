@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim.stacks import check_state, cut_parameter
+from shampoo_kernels.optim.stacks import check_state
 
 # Of the state's layout; every param group carries it.
 VERSION = 1

@@ -50,7 +50,7 @@ class Shampoo(torch.optim.Optimizer):
 
     Raises:
         ValueError: an option that is not allowed, at construction and in add_param_group;
-        RuntimeError: sparse gradients, complex parameters, at the first step, which changes nothing.
+        RuntimeError: sparse gradients or complex parameters, at a step, which changes nothing.
 
     Sources: Gupta, Koren, Singer 2018 (arXiv 1802.09568); Morwani et al. 2024 (arXiv 2406.17748),
     H ≈ L ⊗ R / tr L; grafting: Anil et al. 2020 (arXiv 2002.09018); AdamW: arXiv 1711.05101.
