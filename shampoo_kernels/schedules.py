@@ -13,7 +13,7 @@ import numbers
 
 Step = tuple[float, ...]
 
-# Below this the optimum cannot be told from its limit (the exchange becomes singular).
+# Below this the optimum cannot be told from its limit, and the exchange becomes singular.
 _BINOMIAL_BELOW = 1e-5
 
 
@@ -43,7 +43,7 @@ def minimax_coefficients(
             back towards 0, to be won again from what rounding has left of them. With a cushion no
             step is designed for values of s below cushion * the largest, which keeps the others
             away from 0 at little or no cost in steps (the `cushion` of Polar Express).
-        headroom: in [0, 0.5). s = 2, which the first steps reach, is a repelling fixed point of the
+        headroom: in [0, 0.1]. s = 2, which the first steps reach, is a repelling fixed point of the
             next: a value that rounding lifts above the interval moves away tenfold per step. With
             headroom every step is designed for values up to (1 + headroom) times as far above 1 as
             exact arithmetic gets (the safety factor of Polar Express, but it fades out near 1).
@@ -69,8 +69,8 @@ def minimax_coefficients(
     if not 0 <= cushion < 0.5:
         raise ValueError(f"{name}: cushion must be in [0, 0.5), got {cushion!r}")
     _check_number(name, "headroom", headroom)
-    if not 0 <= headroom < 0.5:
-        raise ValueError(f"{name}: headroom must be in [0, 0.5), got {headroom!r}")
+    if not 0 <= headroom <= 0.1:
+        raise ValueError(f"{name}: headroom must be in [0, 0.1], got {headroom!r}")
     return _schedule(
         float(floor), int(p), int(degree), float(tolerance), float(cushion), float(headroom)
     )

@@ -205,6 +205,22 @@ def test_headroom_survives_rounding(p, degree, cushion):
         assert ends[0] > 1
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    p=st.integers(1, 64),
+    degree=st.integers(1, 2),
+    exponent=st.floats(-12.9, -1e-9),
+    cushion=st.floats(0, 0.49),
+    headroom=st.floats(0, 0.1),
+    tolerance=st.sampled_from([1e-14, 1e-5, 0.1]),
+)
+def test_every_valid_argument_gives_a_schedule(p, degree, exponent, cushion, headroom, tolerance):
+    options = {"tolerance": tolerance, "cushion": cushion, "headroom": headroom}
+    steps = minimax_coefficients(10**exponent, p, degree, **options)
+    assert len(steps) <= 50
+    assert schedule_error(steps, 10**exponent, p) <= tolerance
+
+
 def test_more_steps_for_smaller_floors():
     for p, degree in itertools.product((1, 2, 4, 64), (1, 2)):
         lengths = [len(minimax_coefficients(10.0**-k, p, degree)) for k in range(1, 9)]

@@ -55,7 +55,7 @@ def power_iteration_ref(A: Tensor, steps: int, vectors: int) -> Tensor:
     W = A @ V
     v = V @ _leading_vector(W.mT @ W)
     estimate = (A @ v).norm(dim=(-2, -1)) / v.norm(dim=(-2, -1))
-    return torch.where(finite, estimate * scale, torch.nan)
+    return estimate * scale  # NaN, or 0 * inf, where A is not finite
 
 
 def _orthonormal(V: Tensor) -> Tensor:
