@@ -93,7 +93,7 @@ def _schedule(
     floor: float, p: int, degree: int, tolerance: float, cushion: float, headroom: float
 ) -> tuple[Step, ...]:
     low, high = floor ** (1 / p), 1.0
-    steps = []
+    steps: list[Step] = []
     while not steps or max(high - 1, 1 - low) > tolerance:
         if max(high - 1, 1 - low) < _BINOMIAL_BELOW:
             step = _binomial(p, degree)
@@ -189,7 +189,7 @@ def _image(step: Step, p: int, low: float, high: float) -> tuple[float, float]:
 def _check_integer(op: str, name: str, value: object, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-    if not 1 <= value <= most:
+    if not 1 <= int(value) <= most:
         raise ValueError(f"{op}: {name} must be from 1 to {most}, got {value}")
 
 

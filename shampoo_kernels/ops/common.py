@@ -79,7 +79,7 @@ def check_square(op: str, name: str, tensor: Tensor, batched: bool = True) -> No
 
 
 def check_tensors(op: str, *optional: str, **tensors: object) -> None:
-    """Public functions: every argument is a tensor, or None where optional, that needs no gradient."""
+    """Public functions: every argument is a tensor that needs no gradient, or None if optional."""
     for name, tensor in tensors.items():
         if tensor is None and name in optional:
             continue
@@ -93,7 +93,7 @@ def check_tensors(op: str, *optional: str, **tensors: object) -> None:
 
 
 def stack(tensor: Tensor, inner: int = 2) -> Tensor:
-    """(*, m, n) -> (B, m, n), the last `inner` kept; a view where the strides allow, else a copy."""
+    """(*, m, n) -> (B, m, n), `inner` last dimensions kept; a view where possible, else a copy."""
     if tensor.ndim == inner + 1:
         return tensor
     return tensor.reshape(math.prod(tensor.shape[:-inner]), *tensor.shape[-inner:])

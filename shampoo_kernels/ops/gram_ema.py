@@ -86,7 +86,7 @@ def accumulate_(
     *,
     backend: str,
 ) -> None:
-    """stat <- beta*stat + alpha * sum_s G_s W G_sᵀ: stat (B, m, m), grads (B, S, m, n), W (B, n, n)."""
+    """stat (B, m, m) <- beta*stat + alpha * sum_s G_s W G_sᵀ, grads (B, S, m, n), W (B, n, n)."""
     left = grads if weight is None else torch.matmul(grads.to(stat.dtype), weight.unsqueeze(1))
     if backend == "native":
         inner = (
@@ -112,7 +112,7 @@ def accumulate_(
 def accumulate_ref_(
     stat: Tensor, left: Tensor, grads: Tensor, beta: float | Tensor, alpha: float | Tensor
 ) -> None:
-    """stat <- beta*stat + alpha * sum_s left_s G_sᵀ by torch; beta, alpha: floats or (1 or B, 1, 1)."""
+    """stat <- beta*stat + alpha * sum_s left_s G_sᵀ by torch; factors: floats or (1 or B, 1, 1)."""
     left, right = (
         x.to(stat.dtype).transpose(1, 2).flatten(2) for x in (left, grads)
     )  # (B, m, S*n)

@@ -93,7 +93,7 @@ def orthogonalize_ref(G: Tensor, coefficients: list[float] | None) -> Tensor:
     else:
         norm = S.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[:, None, None]  # of G / scale
         factor = 1 / torch.maximum(norm, _MUON_EPS / scale)
-        steps = list(zip(*[iter(coefficients)] * 3, strict=True))
+        steps = tuple(zip(*[iter(coefficients)] * 3, strict=True))
     X, S = X * factor, S * factor**2
     for k, (a, b, c) in enumerate(steps):
         if k > 0:
