@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 DATASETS = ("digits", "mnist", "cifar10")
+CLASSES = 10
 FOLDER = "SHAMPOO_KERNELS_DATA"
 MNIST_FILES = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 CIFAR10_FILE = "cifar10_subset.npz"
@@ -27,7 +28,7 @@ class DataError(Exception):
 
 
 class Data(NamedTuple):
-    """Images (N, channels, size, size) float32, standardised; labels (N,) int64 below 10."""
+    """Images (N, channels, size, size) float32, standardised; labels (N,) int64 below CLASSES."""
 
     title: str
     train_images: Tensor
@@ -53,8 +54,8 @@ def _digits() -> Data:
 
 def _mnist() -> Data:
     images, labels = (_read(name, _idx) for name in MNIST_FILES)
-    _expect(MNIST_FILES[0], images.ndim == 3 and images.shape[1] == images.shape[2])
-    _expect(MNIST_FILES[1], labels.shape == images.shape[:1])
+    _expect(MNIST_FILES[0], images.ndim == 3 and images.shape[1:] == (28, 28) and len(images) > 4)
+    _expect(MNIST_FILES[1], labels.shape == images.shape[:1] and labels.max() < CLASSES)
     return _split("MNIST (its test files)", images[:, None], labels, validation=len(labels) // 5)
 
 
@@ -62,8 +63,8 @@ def _cifar10() -> Data:
     keys = [f"{part}_{kind}" for part in ("train", "test") for kind in ("images", "labels")]
     arrays = _read(CIFAR10_FILE, lambda path: _npz(path, keys))
     for images, labels in (arrays[:2], arrays[2:]):
-        _expect(CIFAR10_FILE, images.ndim == 4 and images.shape[1:] == (3, 32, 32))
-        _expect(CIFAR10_FILE, labels.shape == images.shape[:1])
+        _expect(CIFAR10_FILE, images.ndim == 4 and images.shape[1:] == (3, 32, 32) and len(images) > 0)
+        _expect(CIFAR10_FILE, labels.shape == images.shape[:1] and labels.max() < CLASSES)
     return _standardised("CIFAR-10 (subset)", *arrays)
 
 
@@ -114,7 +115,7 @@ def _idx(path: Path) -> np.ndarray:
 
 
 def _npz(path: Path, keys: list[str]) -> list[np.ndarray]:
-    with np.load(path, allow_pickle=False) as archive:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         return [archive[key] for key in keys]
 
 

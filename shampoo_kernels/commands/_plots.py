@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,8 +27,8 @@ COSINE_STYLES = {  # the optimum is the widest line: Shampoo² often lies on it
     "shampoo_squared": ("#56B4E9", "s", 2.0),
     "shampoo": ("#E69F00", "^", 2.0),
 }
-THIN = {"linewidth": 0.8, "alpha": 0.35}
-THICK = {"linewidth": 2.2}
+THIN: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.35}
+THICK: dict[str, Any] = {"linewidth": 2.2}
 
 
 def draw(result: Result, path: Path) -> None:
@@ -40,7 +41,7 @@ def draw(result: Result, path: Path) -> None:
         f"AdamW and Shampoo on {settings['data']}: {settings['steps']} steps, "
         f"seeds {', '.join(str(trace.seed) for trace in result.traces)}"
     )
-    above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1), squeeze=False)[:, 0]
     by_step, by_second = above.subplots(1, 2, sharey=True)
     _draw_losses(by_step, result, "steps")
     _draw_losses(by_second, result, "seconds")
@@ -95,8 +96,15 @@ def _draw_cosines(axes: Axes, result: Result, layer: str) -> None:
         for values in found:
             axes.plot(steps, values, color=colour, **THIN)
         label = APPROXIMATIONS[name]
-        style = {"color": colour, "marker": marker, "markersize": width + 2.5, "linewidth": width}
-        axes.plot(steps, _median(found), label=label, **style)
+        axes.plot(
+            steps,
+            _median(found),
+            color=colour,
+            marker=marker,
+            markersize=width + 2.5,
+            linewidth=width,
+            label=label,
+        )
     m, n = result.shapes[layer]
     axes.set_title(f"{layer} ({m} × {n})", fontsize="medium")
     axes.set_xlabel("step")

@@ -2,7 +2,9 @@
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from shampoo_kernels.commands._training import Curve
 from shampoo_kernels.study.kronecker import Cosines
@@ -24,7 +26,7 @@ class Trace:
 class Result:
     """Everything the demo measured; tables, summary, plot and JSON are made from it."""
 
-    settings: dict[str, object]
+    settings: dict[str, Any]
     tuning: dict[str, dict[float, float]]  # optimizer -> learning rate -> final validation loss
     curves: dict[str, list[Curve]]  # optimizer -> one curve per seed
     shapes: dict[str, tuple[int, int]]  # layer -> (m, n) of its gradient
@@ -43,17 +45,21 @@ class Row:
     middle: str = "mean"  # or "median", which tolerates runs that never get there (infinity)
 
     def typical(self, optimizer: str) -> float:
-        of = statistics.median if self.middle == "median" else statistics.fmean
+        of = statistics.median_high if self.middle == "median" else statistics.fmean
         return of(self.values[optimizer])
 
     def cell(self, optimizer: str) -> str:
         typical, values = self.typical(optimizer), self.values[optimizer]
-        if math.isinf(typical):
-            return "not reached" if self.middle == "median" else "diverged"
-        text = format(typical, self.form)
-        if self.middle == "mean" and len(values) > 1:
-            text += f" ± {format(statistics.stdev(values), self.form)}"
-        return text + self.unit
+        finite = sum(map(math.isfinite, values))
+        if self.middle == "mean":
+            text = "diverged" if math.isinf(typical) else format(typical, self.form)
+            if 1 < finite == len(values):
+                text += f" ± {format(statistics.stdev(values), self.form)}"
+        else:
+            text = "not reached" if math.isinf(typical) else format(typical, self.form)
+            if 0 < finite < len(values):
+                text += f" (in {finite} of {len(values)})"
+        return text + (self.unit if finite == len(values) else "")
 
     def better(self) -> str:
         """Who is ahead, where that is so in every seed (same weights and batches); "" where not."""
@@ -81,33 +87,35 @@ def best(losses: dict[float, float]) -> float:
 
 
 def target(result: Result) -> float:
-    """AdamW's final validation loss: the median over the seeds."""
+    """The final validation loss of AdamW, median over the seeds."""
     return statistics.median(curve.loss[-1] for curve in result.curves[BASELINE])
 
 
-def first_below(curve: Curve, loss: float) -> int | None:
-    """Index of the first evaluation at or below this loss; an infinite one cannot be reached."""
-    return next((i for i, value in enumerate(curve.loss) if value <= loss < math.inf), None)
+def at_loss(curve: Curve, axis: str, goal: float) -> float:
+    """`steps` or `seconds` at the first evaluation at or below `goal`; infinity: not reached."""
+    found = zip(getattr(curve, axis), curve.loss, strict=True)
+    return next((float(x) for x, loss in found if loss <= goal < math.inf), math.inf)
 
 
 def comparison(result: Result) -> list[Row]:
-    """The rows of the table that compares the two optimizers."""
+    """The rows of the table that compares the two optimizers.
 
-    def gather(measure) -> dict[str, list[float]]:
+    What is to be reached is AdamW's final validation loss of the same seed.
+    """
+
+    def gather(measure: Callable[[Curve], float]) -> dict[str, list[float]]:
         return {name: [measure(c) for c in curves] for name, curves in result.curves.items()}
 
-    goal = target(result)
-
-    def reach(axis: str):
-        def measure(curve: Curve) -> float:
-            index = first_below(curve, goal)
-            return math.inf if index is None else getattr(curve, axis)[index]
-
-        return measure
+    def reach(axis: str) -> dict[str, list[float]]:
+        goals = [curve.loss[-1] for curve in result.curves[BASELINE]]
+        return {
+            name: [at_loss(curve, axis, goal) for curve, goal in zip(curves, goals, strict=True)]
+            for name, curves in result.curves.items()
+        }
 
     return [
-        Row(f"steps to loss {goal:.4f}", gather(reach("steps")), ".0f", middle="median"),
-        Row(f"seconds to loss {goal:.4f}", gather(reach("seconds")), ".2f", " s", middle="median"),
+        Row(f"steps to {BASELINE}'s loss", reach("steps"), ".0f", middle="median"),
+        Row(f"seconds to {BASELINE}'s loss", reach("seconds"), ".2f", " s", middle="median"),
         Row("final validation loss", gather(lambda c: c.loss[-1]), ".4f"),
         Row(
             "final validation accuracy",

@@ -1,9 +1,11 @@
 """The training runs of the demo: one network, two optimizers, the same batches and schedule."""
 
+import itertools
 import math
+import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,20 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shampoo_kernels import Shampoo
-from shampoo_kernels.commands._data import Data
+from shampoo_kernels.commands._data import CLASSES, Data
 from shampoo_kernels.study.kronecker import Cosines, cosines
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
     "Shampoo": Shampoo,
 }
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 WEIGHT_DECAY = 1e-2
 BETAS = (0.9, 0.95)
-TUNING_SEED = 0
-WARMUP = 0.05  # of the steps, linear; then a cosine down to FLOOR of the learning rate
-FLOOR = 0.1
-CLASSES = 10
+TUNING_SEEDS = (0, 1)
+WARMUP = 0.05  # of the steps, linear; then a cosine down to 0
 COSINE_TOLERANCE = 1e-4  # of the factors; the optimal cosine's error is its square
 
 
@@ -75,7 +74,7 @@ def schedule(step: int, steps: int) -> float:
     """The learning rate of step 0, 1, ... as a share of the one that was chosen."""
     warmup = max(1, round(WARMUP * steps))
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1.0, (step + 1) / warmup) * (FLOOR + (1 - FLOOR) * cosine)
+    return min(1.0, (step + 1) / warmup) * cosine
 
 
 class Run:
@@ -120,19 +119,26 @@ class Run:
 
 
 def tune(
-    data: Data, *, steps: int, batch_size: int, progress: Callable[[int, str], None]
+    data: Data,
+    learning_rates: Sequence[float],
+    *,
+    steps: int,
+    batch_size: int,
+    progress: Callable[[int, str], None],
 ) -> dict[str, dict[float, float]]:
-    """Final validation loss of every optimizer at every learning rate of the grid."""
+    """Final validation loss of every optimizer at every learning rate: mean over TUNING_SEEDS."""
     losses: dict[str, dict[float, float]] = {name: {} for name in OPTIMIZERS}
-    for lr in LEARNING_RATES:
-        for name in OPTIMIZERS:
-            run = Run(name, lr, data, seed=TUNING_SEED, steps=steps, batch_size=batch_size)
-            for start in range(0, steps, 10):
-                count = min(10, steps - start)
+    for lr, name in itertools.product(learning_rates, OPTIMIZERS):
+        found = []
+        for seed in TUNING_SEEDS:
+            run = Run(name, lr, data, seed=seed, steps=steps, batch_size=batch_size)
+            while run.step < steps:
+                count = min(10, steps - run.step)
                 run.advance(count)
                 progress(count, f"tuning {name}, lr {lr:g}")
             run.evaluate()
-            losses[name][lr] = run.curve.loss[-1]
+            found.append(run.curve.loss[-1])
+        losses[name][lr] = statistics.fmean(found)
     return losses
 
 

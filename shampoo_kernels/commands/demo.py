@@ -13,9 +13,8 @@ from shampoo_kernels.commands import _data, _report, _results
 from shampoo_kernels.commands._plots import draw
 from shampoo_kernels.commands._training import (
     BETAS,
-    LEARNING_RATES,
     OPTIMIZERS,
-    TUNING_SEED,
+    TUNING_SEEDS,
     WEIGHT_DECAY,
     Curve,
     Run,
@@ -26,36 +25,39 @@ from shampoo_kernels.commands._training import (
     tune,
 )
 
-HELP = "train on real images with AdamW and with Shampoo, and compare"
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is run."""
+
+    steps: int
+    seeds: int
+    batch_size: int
+    probes: int  # how often the cosines are measured along a run, besides its start
+    learning_rates: tuple[float, ...]
+
+
+DEFAULT = Extent(200, 3, 64, 8, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2))
+QUICK = Extent(40, 2, 64, 2, DEFAULT.learning_rates[::2])
+EXAMPLES = 128
+EVALUATIONS = 40  # of the validation loss along a run
+MOST_THREADS = 1024
+IMAGE_SUFFIXES = (".png", ".pdf", ".svg")
+
 DESCRIPTION = f"""
 Trains a small convolutional network with AdamW and with shampoo_kernels.Shampoo: same initial
 weights, batches, schedule (warm-up, then cosine), betas and weight decay. The learning rate is
-tuned for each on the same grid ({", ".join(f"{lr:g}" for lr in LEARNING_RATES)}) with one seed that
-the comparison does not use again. Then, along Shampoo's training, it measures for every layer the
-cosine between E[ggᵀ] and the optimal Kronecker product, Shampoo² (L ⊗ R) and Shampoo
+tuned for each on the same grid ({", ".join(f"{lr:g}" for lr in DEFAULT.learning_rates)}) with two
+seeds that the comparison does not use again. Then, along Shampoo's training, it measures for every
+layer the cosine between E[ggᵀ] and the optimal Kronecker product, Shampoo² (L ⊗ R) and Shampoo
 (L^1/2 ⊗ R^1/2), where L = E[GGᵀ] and R = E[GᵀG]. E is the mean over a fixed set of training
 examples, g the gradient of one example's loss with its true label: the empirical Fisher, which is
 the Hessian view of Morwani et al. (arXiv 2406.17748) with real labels, one example a batch.
 """
-IMAGE_SUFFIXES = (".png", ".pdf", ".svg")
-EXAMPLES = 128
-EVALUATIONS = 40  # of the validation loss along a run
-PROBE_EVERY = 5  # evaluations
 
 
 class OptionError(Exception):
     """An option with a value that cannot work; the message is one line for the user."""
-
-
-@dataclass(frozen=True)
-class Length:
-    steps: int
-    seeds: int
-    batch_size: int
-
-
-DEFAULT = Length(steps=200, seeds=5, batch_size=64)
-QUICK = Length(steps=50, seeds=2, batch_size=64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,15 +99,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The whole demo; 0, or 1 and one line on stderr where an option or the data is no good."""
     try:
-        length = _length(args)
+        extent = _extent(args)
         _check_writable("--output", args.output, IMAGE_SUFFIXES)
         if args.json is not None:
             _check_writable("--json", args.json, (".json",))
         data = _data.load(args.data)
-        if length.batch_size > len(data.train_images):
+        if extent.batch_size > len(data.train_images):
             raise OptionError(
                 f"--batch-size must be at most {len(data.train_images)}, the training images, "
-                f"got {length.batch_size}"
+                f"got {extent.batch_size}"
             )
     except (OptionError, _data.DataError) as error:
         print(f"demo: {error}", file=sys.stderr)
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
-        result = measure(data, length)
+        result = measure(data, extent)
     finally:
         torch.set_num_threads(threads)
     print(_report.text(result))
@@ -125,12 +127,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(data: _data.Data, length: Length) -> _results.Result:
+def measure(data: _data.Data, extent: Extent) -> _results.Result:
     """Tune, train and probe; the progress bar is silent where stderr is no terminal."""
     images, labels = data.train_images[:EXAMPLES], data.train_labels[:EXAMPLES]
-    stops = sorted({round(i * length.steps / EVALUATIONS) for i in range(EVALUATIONS + 1)})
-    probed = {*stops[::-PROBE_EVERY], 0}
-    seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + length.seeds)
+    probed = _evenly(extent.steps, extent.probes)
+    stops = sorted(probed | _evenly(extent.steps, EVALUATIONS))
+    seeds = range(max(TUNING_SEEDS) + 1, max(TUNING_SEEDS) + 1 + extent.seeds)
     shapes = layer_shapes(network(data.train_images, seed=0))
     curves: dict[str, list[Curve]] = {name: [] for name in OPTIMIZERS}
     traces: list[_results.Trace] = []
@@ -141,19 +143,33 @@ def measure(data: _data.Data, length: Length) -> _results.Result:
             for layer, found in layer_cosines(run.model, images, labels).items():
                 traces[-1].layers.setdefault(layer, []).append(found)
 
-    runs = len(OPTIMIZERS) * (len(LEARNING_RATES) + length.seeds)
-    with tqdm(total=runs * length.steps, unit="step", disable=None, leave=False) as bar:
+    runs = len(OPTIMIZERS) * (len(extent.learning_rates) * len(TUNING_SEEDS) + extent.seeds)
+    with tqdm(total=runs * extent.steps, unit="step", disable=None, leave=False) as bar:
 
         def progress(steps: int, doing: str) -> None:
             bar.set_description(doing, refresh=False)
             bar.update(steps)
 
-        common = {"steps": length.steps, "batch_size": length.batch_size, "progress": progress}
-        tuning = tune(data, **common)
+        tuning = tune(
+            data,
+            extent.learning_rates,
+            steps=extent.steps,
+            batch_size=extent.batch_size,
+            progress=progress,
+        )
         lrs = {name: _results.best(losses) for name, losses in tuning.items()}
         for seed in seeds:
             traces.append(_results.Trace(seed, [], {}))
-            found = compare(data, lrs, seed=seed, stops=stops, probe=probe, **common)
+            found = compare(
+                data,
+                lrs,
+                seed=seed,
+                steps=extent.steps,
+                batch_size=extent.batch_size,
+                stops=stops,
+                probe=probe,
+                progress=progress,
+            )
             for name, curve in found.items():
                 curves[name].append(curve)
 
@@ -161,11 +177,11 @@ def measure(data: _data.Data, length: Length) -> _results.Result:
         "data": data.title,
         "training_images": len(data.train_images),
         "validation_images": len(data.validation_images),
-        "evaluated_every": length.steps / (len(stops) - 1),
+        "evaluated_every": max(1, extent.steps / EVALUATIONS),
         "examples": len(images),
-        **asdict(length),
+        **asdict(extent),
         "threads": torch.get_num_threads(),
-        "tuning_seed": TUNING_SEED,
+        "tuning_seeds": TUNING_SEEDS,
         "weight_decay": WEIGHT_DECAY,
         "betas": BETAS,
         "torch": torch.__version__,
@@ -173,14 +189,21 @@ def measure(data: _data.Data, length: Length) -> _results.Result:
     return _results.Result(settings, tuning, curves, shapes, traces)
 
 
-def _length(args: argparse.Namespace) -> Length:
+def _evenly(steps: int, parts: int) -> set[int]:
+    """0, the last step and evenly spaced ones between."""
+    return {round(i * steps / parts) for i in range(parts + 1)}
+
+
+def _extent(args: argparse.Namespace) -> Extent:
     """The options that are given, over the defaults."""
-    length = QUICK if args.quick else DEFAULT
-    given = {name: getattr(args, name) for name in asdict(length)}
+    extent = QUICK if args.quick else DEFAULT
+    given = {name: getattr(args, name) for name in ("steps", "seeds", "batch_size")}
     for name, value in (given | {"threads": args.threads}).items():
         if value is not None and value < 1:
             raise OptionError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    return replace(length, **{name: value for name, value in given.items() if value is not None})
+    if args.threads > MOST_THREADS:
+        raise OptionError(f"--threads must be at most {MOST_THREADS}, got {args.threads}")
+    return replace(extent, **{name: value for name, value in given.items() if value is not None})
 
 
 def _check_writable(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
