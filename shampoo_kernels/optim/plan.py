@@ -62,6 +62,8 @@ class Plan:
         present = [grad is not None for grad in grads]
         if not any(present):
             return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            self._check_capture(all(present))
         torch._foreach_add_(
             [s for s, here in zip(self.step_tensors, present, strict=True) if here], 1
         )
@@ -83,6 +85,16 @@ class Plan:
         for parameter, weight in zip(self.parameters, weights, strict=True):
             if weight.data_ptr() != parameter.data_ptr():  # no view of it as a matrix exists
                 parameter.copy_(weight.view(parameter.shape))
+
+    def _check_capture(self, complete: bool) -> None:
+        """A graph repeats one step: all gradients, past start_step, and every root in each step."""
+        started = complete and min(self.steps) >= self.group["start_step"]
+        if self.group["precondition"] and not (self.group["refresh_every"] == 1 and started):
+            raise RuntimeError(
+                "Shampoo: capturing step() in a CUDA graph needs refresh_every=1, a gradient for "
+                f"every parameter, and start_step ({self.group['start_step']}) steps made before; "
+                f"got refresh_every={self.group['refresh_every']} after {min(self.steps)} steps"
+            )
 
 
 def _stepped(group: dict, states: Mapping[Tensor, dict]) -> list[Tensor]:
