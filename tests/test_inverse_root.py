@@ -342,6 +342,7 @@ EYE = torch.eye(4)
             ValueError,
             "ridge or a design_floor",
         ),
+        ((EYE, 4, {"method": "product", "design_floor": 1e-7}), ValueError, ">= 1e-06, got 1e-07"),
         ((EYE, 2, {"previous": EYE[:2]}), ValueError, "previous must be"),
         ((EYE, 2, {"previous": EYE.double()}), TypeError, "previous must be float32"),
         ((EYE, 2, {"out": torch.zeros(5, 5)}), ValueError, "out must be"),

@@ -64,7 +64,8 @@ def inverse_root(
         method: "newton" (coupled M-form), "product" (product form), "eigh", or "auto": "eigh" on
             the CPU and for a p that has no iteration, else by precision.
         precision: of float32 products on a GPU. "high" with "newton" needs a design_floor (by
-            default the ridge) >= 1e-4, "medium" needs "product" and >= 1e-5.
+            default the ridge) >= 1e-4, "medium" needs "product" and >= 1e-5. On any device
+            "product" with p = 4 in float32 needs >= 1e-6.
         rank_rtol: with "eigh", eigenvalues <= rank_rtol * the largest count as zero and
             contribute nothing: the root of the pseudo-inverse.
         previous: (*, n, n), dtype of A: the roots to keep where a block fails.
@@ -161,10 +162,12 @@ def _check(
     if rank_rtol is not None and method not in ("auto", "eigh"):
         raise ValueError(f'{_OP}: rank_rtol needs method="eigh", got method="{method}"')
     if method in ("newton", "product"):
-        _check_iteration(method, p, precision, _floor(A, ridge, design_floor))
+        _check_iteration(method, p, precision, _floor(A, ridge, design_floor), A.dtype)
 
 
-def _check_iteration(method: str, p: float, precision: str, floor: float) -> None:
+def _check_iteration(
+    method: str, p: float, precision: str, floor: float, dtype: torch.dtype
+) -> None:
     if method == "newton" and not (p.is_integer() and p <= 64):
         raise ValueError(f'{_OP}: p must be an integer from 1 to 64 for method="newton", got {p}')
     if method == "product" and p not in roots.PRODUCT_ROOTS:
@@ -176,6 +179,8 @@ def _check_iteration(method: str, p: float, precision: str, floor: float) -> Non
     needed = {("newton", "high"): 1e-4, ("product", "medium"): 1e-5}.get((method, precision), 0)
     if method == "newton" and precision == "medium":
         raise ValueError(f'{_OP}: precision="medium" needs method="product", got method="newton"')
+    if (method, p, dtype) == ("product", 4, torch.float32):
+        needed = max(needed, 1e-6)  # below it one wide spectrum in six does not converge
     if floor < needed:
         raise ValueError(
             f'{_OP}: precision="{precision}" with method="{method}" needs ridge (or design_floor) '
