@@ -128,7 +128,7 @@ def root_method(device: str, p: float, precision: str, floor: float) -> str:
     """What "auto" stands for: a pure function of device type, p, precision and design floor."""
     if device == "cpu" or not (p.is_integer() and p <= 64) or floor <= 0:
         return "eigh"
-    low = precision == "high" or (precision == "medium" and floor >= 1e-5)
+    low = floor >= {"highest": math.inf, "high": 1e-6, "medium": 1e-5}[precision]
     return "product" if low and p in roots.PRODUCT_ROOTS else "newton"
 
 
