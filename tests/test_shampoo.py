@@ -102,7 +102,7 @@ def test_twenty_steps_agree_with_the_algorithm_restated(options):
     expected = restated(W.detach(), grads, **options)
     names = {"decay": "weight_decay", "beta": "shampoo_beta", "every": "refresh_every",
              "start": "start_step"}  # fmt: skip
-    given = {"lr": 0.01, "decay": 0.1, "every": 3, "start": 4, **options}
+    given = {"lr": 0.01, "decay": 0.1, "every": 3, "start": 4, "ridge": 1e-6, **options}
     optimizer = Shampoo([W], **{names.get(name, name): value for name, value in given.items()})
     train(optimizer, [(W, grads)])
     torch.testing.assert_close(W.detach(), expected, rtol=0, atol=1e-9)
@@ -489,7 +489,7 @@ def test_it_learns_a_badly_scaled_least_squares_problem_faster_than_adamw():
     losses = {}
     for name, make in (("adamw", torch.optim.AdamW), ("shampoo", Shampoo)):
         W = nn.Parameter(torch.zeros(16, 8))
-        optimizer = make([W], lr=0.03, betas=(0.9, 0.95), weight_decay=0)
+        optimizer = make([W], lr=0.1, betas=(0.9, 0.95), weight_decay=0)
         for _ in range(200):
             optimizer.zero_grad()
             loss = (X @ W - Y).square().mean()

@@ -316,7 +316,7 @@ def test_every_bad_option_is_named(name, value):
     [
         {"graft": None, "start_step": 5},
         {"root_method": "newton", "p": 2.5},
-        {"root_method": "newton", "precision": "high"},
+        {"root_method": "newton", "precision": "high", "ridge": 1e-5},
         {"root_method": "product", "p": (2, 3)},
     ],
     ids=str,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim.stacks import build, cut_parameter
+from shampoo_kernels.optim.stacks import MOMENTS, build, cut_parameter
 from shampoo_kernels.optim.update import Members, StackStep
 
 # The options that decide what the state of a parameter looks like.
@@ -46,7 +46,8 @@ class Plan:
         self.step_tensors = [state["step"] for state in own]
         self.steps = [int(step) for step in self.step_tensors]
         self.exp_avgs = [state["exp_avg"] for state in own]
-        self.exp_avg_sqs = [state["exp_avg_sq"] for state in own]
+        moments = (_matrices([state[name] for state in own], self.shapes) for name in MOMENTS)
+        self.moments = tuple(moments)
 
     def fits(self, group: dict, states: Mapping[Tensor, dict]) -> bool:
         """No parameter joined, and neither options nor state tensors were replaced."""
@@ -75,8 +76,8 @@ class Plan:
                 weight.new_zeros(()).expand(shape) if grad is None else grad.reshape(shape)
                 for weight, grad, shape in zip(weights, grads, self.shapes, strict=True)
             ],
-            exp_avgs=_matrices(self.exp_avgs, self.shapes),
-            exp_avg_sqs=_matrices(self.exp_avg_sqs, self.shapes),
+            exp_avgs=self.moments[0],
+            exp_avg_sqs=self.moments[1],
             present=present,
             steps=self.steps,
         )

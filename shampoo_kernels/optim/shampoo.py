@@ -28,7 +28,8 @@ class Shampoo(torch.optim.Optimizer):
         shampoo_beta: decay of L and R.
         p: the root, a number or (left, right); None on a side: no factor there. 2 is the paper's,
             4 the original Shampoo, 1 the Hessian view.
-        ridge: L + ridge * eigenvalue_bound(L) * I is what gets inverted, and R likewise.
+        ridge: L + ridge * eigenvalue_bound(L) * I is what gets inverted, and R likewise. Smaller
+            ones amplify directions that have hardly been seen, which costs the first steps most.
         statistic: "shampoo".
         graft: "adam", or None: the update's own scale.
         block_size: longer sides are split into blocks of at most this length.
@@ -66,13 +67,13 @@ class Shampoo(torch.optim.Optimizer):
         *,
         shampoo_beta: float = 0.95,
         p: float | tuple[float | None, float | None] = 2,
-        ridge: float = 1e-6,
+        ridge: float = 1e-4,
         statistic: str = "shampoo",
         graft: str | None = "adam",
         block_size: int = 1024,
         max_dimension: int = 8192,
         refresh_every: int = 10,
-        start_step: int = 10,
+        start_step: int = 1,
         root_method: str = "auto",
         precision: str = "highest",
         nesterov: bool = False,

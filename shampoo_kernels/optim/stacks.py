@@ -16,6 +16,8 @@ from shampoo_kernels.optim.blocks import LEFT, Block, Cut, StackKey, cut, stack_
 # Bytes of one packed temporary: larger stacks are processed in parts of this size.
 PART_BYTES = 64 << 20
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 @dataclass
 class Stack:
@@ -110,7 +112,7 @@ def _start_state(state: dict, parameter: Tensor, capturable: bool) -> None:
     step_device = parameter.device if capturable else "cpu"  # as torch.optim places it
     step = state.get("step", torch.zeros(()))
     state["step"] = step.to(step_device, torch.float32)
-    for name in ("exp_avg", "exp_avg_sq"):
+    for name in MOMENTS:
         dtype = state_dtype(parameter)
         moment = state.get(name)
         if moment is None:
@@ -134,7 +136,7 @@ def _empty_stack(key: StackKey, blocks: list[Block], root_dtype: torch.dtype | N
 
 def state_shapes(parameter: Tensor, one: Cut) -> dict[str, tuple[int, ...]]:
     """Every tensor that the state of a parameter holds, and its shape."""
-    shapes = {name: tuple(parameter.shape) for name in ("exp_avg", "exp_avg_sq")}
+    shapes = {name: tuple(parameter.shape) for name in MOMENTS}
     shapes["step"] = ()
     for index, (rows, cols) in enumerate(one.pieces):
         shapes[f"block_step.{index}"] = ()
