@@ -1,14 +1,14 @@
 # make demo | test | test-all | lint | bench | clean
 #   PYTHON=python3.12   the interpreter for .venv (needs 3.11 or later)
-#   TORCH=cpu           the CPU build of torch; the default where there is no NVIDIA driver
-#   TORCH=pypi          PyPI's torch (on Linux with CUDA); the default where there is one
 #   TORCH=installed     the torch that PYTHON has; nothing is downloaded for it
 #   ARGS='--quick'      passed on to the demo
+#   QUICK=1             a short bench;  RESULTS=folder  where its table and numbers go
 # PYTHON and TORCH count when .venv is made: `make clean` first to change them.
 
 PYTHON ?= python3
-TORCH ?= $(if $(shell command -v nvidia-smi),pypi,cpu)
+TORCH ?= pinned
 ARGS ?=
+RESULTS ?= build
 VENV := .venv
 PY := $(VENV)/bin/python
 BUILD_INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
@@ -16,7 +16,6 @@ BUILD_INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -type 
 PIP := $(PY) -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet
 CONSTRAINTS := -c $(VENV)/constraints.txt
-TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
 EDITABLE = $(INSTALL) $(CONSTRAINTS) --no-build-isolation --editable
 
 .PHONY: demo test test-all lint bench clean
@@ -36,8 +35,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 	$(PY) -m mypy
 
-bench: $(VENV)/.test
-	@$(PY) -m pytest -q bench --benchmark-only
+bench: $(VENV)/.bench
+	@mkdir -p $(RESULTS)
+	@$(PY) -m pytest -q bench --benchmark-only --benchmark-quiet --benchmark-json=$(RESULTS)/cpu.json
+	@$(PY) bench/report.py $(RESULTS)/cpu.json | tee $(RESULTS)/cpu.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info shampoo_kernels/_build.json shampoo_kernels/*.so
@@ -61,8 +62,8 @@ ifeq ($(TORCH),installed)
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 else
 	@cp constraints.txt $(VENV)/constraints.txt
-	@echo "Installing torch ($(TORCH)) ..."
-	@$(INSTALL) $(CONSTRAINTS) $(TORCH_INDEX) torch
+	@echo "Installing torch ..."
+	@$(INSTALL) $(CONSTRAINTS) torch
 endif
 	@touch $@
 
@@ -75,6 +76,10 @@ $(VENV)/.demo: $(VENV)/.torch $(BUILD_INPUTS)
 
 $(VENV)/.test: $(VENV)/.demo
 	@$(EDITABLE) '.[demo,test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@$(EDITABLE) '.[demo,test,bench]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

@@ -1,4 +1,4 @@
-"""eigenvalue_bound against the same three bounds in plain torch (not strict), and against eigvalsh."""
+"""eigenvalue_bound against the same three bounds in plain torch (not strict), and eigvalsh."""
 
 import pytest
 import torch
