@@ -78,8 +78,8 @@ def markdown(results: dict) -> str:
         f"torch {facts['torch']}, shampoo_kernels {facts['shampoo_kernels']} "
         f"({results['commit_info'].get('id') or 'no commit'}), {results['datetime'][:10]}.",
         f"Measured in this run: {peaks} GFLOP/s; copy {facts['copy_gbs']:.0f} GB/s. Medians of "
-        f"Measured in this run: {peaks} GFLOP/s; copy {facts['copy_gbs']:.0f} GB/s. Medians of "
-        "times faster ours is.",
+        "alternating rounds, ± the interquartile range; errors against float64; in brackets how "
+        "many times faster ours is.",
     ]
     groups = defaultdict(list)
     for row in results["benchmarks"]:
