@@ -15,9 +15,6 @@
 #if !defined(SHAMPOO_CUDA_ARCHS)
 #define SHAMPOO_CUDA_ARCHS ""
 #endif
-#if !defined(SHAMPOO_BUILD_FLAGS)
-#define SHAMPOO_BUILD_FLAGS ""
-#endif
 
 namespace {
 
@@ -203,7 +200,6 @@ pybind11::dict build_facts() {
                           std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
   facts["isas"] = shampoo::built_isas();
   facts["cuda_archs"] = SHAMPOO_CUDA_ARCHS;
-  facts["flags"] = SHAMPOO_BUILD_FLAGS;
   return facts;
 }
 
@@ -229,8 +225,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() =
       "Native kernels of shampoo_kernels; importing it registers "
       "torch.ops.shampoo_kernels_native.";
-  m.def("build_facts", &build_facts,
-        "Compiler, torch target, instruction sets, CUDA archs, flags.");
+  m.def("build_facts", &build_facts, "Compiler, torch target, instruction sets, CUDA archs.");
   m.def("isas", &shampoo::isas, "Instruction sets of the Gram kernel that run here, best first.");
   m.def("isa", &shampoo::isa, "The one in use.");
   m.def(
@@ -241,5 +236,8 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       pybind11::arg("name"), "Use another one, for tests.");
+  m.def(
+      "peak_gflops", [] { return shampoo::peak_gflops(torch_threads()); },
+      "Measured float32 FMA rate on torch's threads, for benchmarks.");
   m.def("has_lapack", &shampoo::has_lapack, "Whether inverse_root_eigh_ can run.");
 }

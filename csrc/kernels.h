@@ -82,6 +82,9 @@ void inverse_root_eigh(const InverseRootEigh<T>& problem, const Parallel& parall
 // Whether this process holds ssyevd_ and dsyevd_ (libtorch_cpu exports them where built with MKL).
 bool has_lapack();
 
+// GFLOP/s of float32 multiply-adds in registers, the best of a few runs on all workers.
+double peak_gflops(const Parallel& parallel);
+
 // Instruction sets of the Gram kernel that were compiled in, whether or not this CPU has them.
 std::vector<std::string> built_isas();
 // Instruction sets of the Gram kernel, best first: those built in and runnable here, then emulated

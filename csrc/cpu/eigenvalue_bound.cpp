@@ -11,85 +11,92 @@
 namespace shampoo {
 namespace {
 
-// The lower triangle, one scaled row at a time.
+// The lower triangle row by row, and its numbers as doubles of moderate size.
 template <class T>
 class Rows {
  public:
-  Rows(const T* a, int64_t row_stride, int64_t column_stride, double* row)
+  Rows(const T* a, int64_t row_stride, int64_t column_stride, T* row)
       : a_(a), row_stride_(row_stride), column_stride_(column_stride), row_(row) {}
 
-  // |a_ij| / 2^exponent for j < i.
-  const double* magnitudes(int64_t i) {
+  // a_ij for j < i, contiguous.
+  const T* operator[](int64_t i) const {
     const T* from = a_ + i * row_stride_;
-    if (column_stride_ == 1) {
-      for (int64_t j = 0; j < i; ++j) row_[j] = std::abs(double(from[j])) * factor_;
-    } else {
-      for (int64_t j = 0; j < i; ++j) {
-        row_[j] = std::abs(double(from[j * column_stride_])) * factor_;
-      }
-    }
+    if (column_stride_ == 1) return from;
+    for (int64_t j = 0; j < i; ++j) row_[j] = from[j * column_stride_];
     return row_;
   }
-  double diagonal(int64_t i) const {
-    return double(a_[i * (row_stride_ + column_stride_)]) * factor_;
-  }
+  T diagonal(int64_t i) const { return a_[i * (row_stride_ + column_stride_)]; }
+
+  // The squares of float32 numbers fit double; float64 numbers are scaled so that theirs do.
   void scale(int exponent) { factor_ = std::ldexp(1.0, -exponent); }
+  double operator()(T x) const { return sizeof(T) == sizeof(float) ? double(x) : x * factor_; }
 
  private:
   const T* a_;
   int64_t row_stride_, column_stride_;
-  double* row_;
+  T* row_;
   double factor_ = 1;
 };
 
-// Four partial sums per quantity: a single one would wait for every addition before the next.
+// Partial sums per quantity: a single one would wait for every addition before the next.
 constexpr int kLanes = 4;
+using Lanes = double[kLanes];
+
+double total(const Lanes& x) {
+  return (x[0] + x[1]) + (x[2] + x[3]);
+}
 
 // r_i = sum_j |a_ij| from each element of the lower triangle once; returns |A - diag(A)|_F^2.
 template <class T>
-double row_sums(Rows<T>& rows, int64_t n, double* r) {
+double row_sums(const Rows<T>& rows, int64_t n, double* __restrict r) {
   std::fill(r, r + n, 0.0);
-  double squares[kLanes] = {};
+  Lanes squares = {};
   for (int64_t i = 0; i < n; ++i) {
-    const double* x = rows.magnitudes(i);
-    double sums[kLanes] = {};
+    const T* __restrict row = rows[i];
+    Lanes sums = {};
     int64_t j = 0;
     for (; j + kLanes <= i; j += kLanes) {
       for (int l = 0; l < kLanes; ++l) {
-        sums[l] += x[j + l];
-        squares[l] += x[j + l] * x[j + l];
-        r[j + l] += x[j + l];
+        const double x = std::abs(rows(row[j + l]));
+        sums[l] += x;
+        squares[l] += x * x;
+        r[j + l] += x;
       }
     }
     for (; j < i; ++j) {
-      sums[0] += x[j];
-      squares[0] += x[j] * x[j];
-      r[j] += x[j];
+      const double x = std::abs(rows(row[j]));
+      sums[0] += x;
+      squares[0] += x * x;
+      r[j] += x;
     }
-    r[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]) + std::abs(rows.diagonal(i));
+    r[i] = total(sums) + std::abs(rows(rows.diagonal(i)));
   }
-  return 2 * ((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  return 2 * total(squares);
 }
 
 // max_i (|A| r)_i / r_i, given r.
 template <class T>
-double minc(Rows<T>& rows, int64_t n, const double* r, double* product) {
+double minc(const Rows<T>& rows, int64_t n, const double* __restrict r,
+            double* __restrict product) {
   std::fill(product, product + n, 0.0);
   for (int64_t i = 0; i < n; ++i) {
-    const double* x = rows.magnitudes(i);
-    double sums[kLanes] = {};
+    const T* __restrict row = rows[i];
+    const double r_i = r[i];
+    Lanes sums = {};
     int64_t j = 0;
     for (; j + kLanes <= i; j += kLanes) {
       for (int l = 0; l < kLanes; ++l) {
-        sums[l] += x[j + l] * r[j + l];
-        product[j + l] += x[j + l] * r[i];
+        const double x = std::abs(rows(row[j + l]));
+        sums[l] += x * r[j + l];
+        product[j + l] += x * r_i;
       }
     }
     for (; j < i; ++j) {
-      sums[0] += x[j] * r[j];
-      product[j] += x[j] * r[i];
+      const double x = std::abs(rows(row[j]));
+      sums[0] += x * r[j];
+      product[j] += x * r_i;
     }
-    product[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]) + std::abs(rows.diagonal(i)) * r[i];
+    product[i] = total(sums) + std::abs(rows(rows.diagonal(i))) * r_i;
   }
   double largest = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -100,23 +107,18 @@ double minc(Rows<T>& rows, int64_t n, const double* r, double* product) {
 
 // max |a_ij|, or the NaN or Inf among them.
 template <class T>
-double largest_magnitude(Rows<T>& rows, int64_t n) {
-  double largest = 0, poison = 0;  // x * 0 is NaN for NaN and Inf, else 0
+double largest_magnitude(const Rows<T>& rows, int64_t n) {
+  double largest = 0;
   bool nan = false;
   for (int64_t i = 0; i < n; ++i) {
-    const double* x = rows.magnitudes(i);
-    const double d = std::abs(rows.diagonal(i));
-    poison += d * 0;
-    nan |= d != d;
-    largest = std::max(largest, d);
-    for (int64_t j = 0; j < i; ++j) {
-      poison += x[j] * 0;
-      nan |= x[j] != x[j];
-      largest = std::max(largest, x[j]);
+    const T* row = rows[i];
+    for (int64_t j = 0; j <= i; ++j) {
+      const double x = std::abs(double(j < i ? row[j] : rows.diagonal(i)));
+      nan |= x != x;
+      largest = std::max(largest, x);
     }
   }
-  if (poison == 0) return largest;
-  return nan ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
+  return nan ? std::numeric_limits<double>::quiet_NaN() : largest;
 }
 
 }  // namespace
@@ -126,9 +128,8 @@ double bound_block(const T* a, int64_t n, int64_t row_stride, int64_t column_str
                    double* workspace) {
   if (n == 0) return 0;
   double *r = workspace, *product = workspace + n;
-  Rows<T> rows(a, row_stride, column_stride, workspace + 2 * n);
+  Rows<T> rows(a, row_stride, column_stride, reinterpret_cast<T*>(workspace + 2 * n));
 
-  // The squares of float32 numbers fit double, those of float64 numbers are scaled to.
   int exponent = 0;
   if constexpr (sizeof(T) == sizeof(double)) {
     const double largest = largest_magnitude(rows, n);
@@ -140,17 +141,14 @@ double bound_block(const T* a, int64_t n, int64_t row_stride, int64_t column_str
 
   const double off_diagonal = row_sums(rows, n, r);
   double mean = 0, diagonal = 0, centred = 0;
-  for (int64_t i = 0; i < n; ++i) mean += rows.diagonal(i) / double(n);
+  for (int64_t i = 0; i < n; ++i) mean += rows(rows.diagonal(i)) / double(n);
   for (int64_t i = 0; i < n; ++i) {
-    const double d = rows.diagonal(i);
+    const double d = rows(rows.diagonal(i));
     diagonal += d * d;
     centred += (d - mean) * (d - mean);
   }
   const double frobenius = std::sqrt(off_diagonal + diagonal);
-  if (!std::isfinite(frobenius)) {
-    const double largest = largest_magnitude(rows, n);
-    return std::isfinite(largest) ? frobenius : largest;
-  }
+  if (!std::isfinite(frobenius)) return largest_magnitude(rows, n);
   const double deviation = std::sqrt((off_diagonal + centred) / double(n));
   // Near zero, 1 % of the result is less than the roundings of the sum.
   const double rounding = 4 * std::numeric_limits<double>::epsilon() * double(n) * frobenius;

@@ -42,7 +42,6 @@ class GramPlan {
   const GramTile<T>& tile_;
   int64_t n_, slabs_, k_, stat_row_stride_;
   GramOperand left_, grad_;
-  bool same_strides_;                                    // left is grad if the data is the same too
   int64_t slabs_each_ = 1, depth_each_ = 1, parts_ = 1;  // of a chunk; parts of one slab
   int64_t chunks_ = 0;
   int64_t left_size_, panels_size_;  // values of packed left, of packed left and grad

@@ -24,11 +24,6 @@ const GramTile<T>& choose_tile(const GramIsa& isa, DType left, DType grad) {
   }
 }
 
-bool same_layout(const GramOperand& a, const GramOperand& b) {
-  return a.dtype == b.dtype && a.slab_stride == b.slab_stride && a.row_stride == b.row_stride &&
-         a.k_stride == b.k_stride;
-}
-
 // The lower triangle as square pieces, row by row.
 struct Pieces {
   int64_t n, size;
@@ -59,8 +54,7 @@ GramPlan<T>::GramPlan(const GramIsa& isa, int64_t n, int64_t slabs, int64_t k,
       k_(k),
       stat_row_stride_(stat_row_stride),
       left_(left),
-      grad_(grad),
-      same_strides_(same_layout(left, grad)) {
+      grad_(grad) {
   if (slabs > 0 && k > 0) {
     if (k <= tile_.depth) {
       slabs_each_ =
@@ -95,16 +89,9 @@ GramChunk GramPlan<T>::chunk(const GramOperand& operand, const void* data, int64
 template <class T>
 void GramPlan<T>::pack(const GramBlock<T>& block, int64_t index, int64_t begin, int64_t end,
                        T* panels) const {
-  const GramChunk grad = chunk(grad_, block.grad, index);
-  T* grad_panels = panels + left_size_;
-  tile_.pack_grad[int(grad_.dtype)](grad, n_, begin, end, grad_panels);
-  if (same_strides_ && block.left == block.grad) {
-    const int64_t steps = chunk_steps(grad.slabs, grad.depth, tile_.per_step);
-    tile_.copy_left(grad_panels, steps, n_, begin, end, panels);
-  } else {
-    const GramChunk left = chunk(left_, block.left, index);
-    tile_.pack_left[int(left_.dtype)](left, n_, begin, end, panels);
-  }
+  tile_.pack_left[int(left_.dtype)](chunk(left_, block.left, index), n_, begin, end, panels);
+  tile_.pack_grad[int(grad_.dtype)](chunk(grad_, block.grad, index), n_, begin, end,
+                                    panels + left_size_);
 }
 
 // Rows [i0, i1) and columns [j0, j1): the chunk's part and, after the last one, the mirror.

@@ -30,10 +30,6 @@ struct GramTile {
   // from n on are zeros. Indexed by DType; null: not taken.
   using Pack = void (*)(const GramChunk& chunk, int64_t n, int64_t begin, int64_t end, T* panels);
   Pack pack_left[4], pack_grad[4];
-  // The same panels of left from panels of grad that hold the same rows, where left is grad: reads
-  // the source once and converts it once. [begin, end) as above, whole multiples of left_block.
-  void (*copy_left)(const T* grad_panels, int64_t steps, int64_t n, int64_t begin, int64_t end,
-                    T* left_panels);
 
   // stat[i, j] <- beta stat[i, j] + alpha (left grad^T)[i, j] for j <= i < n in rows [i0, i1) and
   // columns [j0, j1), which begin at tile boundaries. beta == 0 does not read stat; nothing above

@@ -65,12 +65,11 @@ void pack_values(const typename Reader::Source* source, const GramChunk& chunk, 
   }
 }
 
-// k is contiguous: W rows by W steps at a time, transposed in registers. Returns the steps done.
+// k is contiguous: W rows by W steps at a time, transposed in registers. Returns where it stopped.
 template <class T, int W, int R, class Reader, bool kFull>
 int64_t pack_along_k(const typename Reader::Source* source, const GramChunk& chunk, int64_t rows,
-                     T* panel) {
-  const int64_t steps = chunk.depth / Reader::kPerStep / W * W;
-  for (int64_t step = 0; step < steps; step += W) {
+                     int64_t begin, int64_t end, T* panel) {
+  for (; (begin + W) * Reader::kPerStep <= chunk.depth && begin + W <= end; begin += W) {
 #pragma GCC unroll 2
     for (int group = 0; group < R; group += W) {
       Vector<T, W> v[W];
@@ -78,83 +77,59 @@ int64_t pack_along_k(const typename Reader::Source* source, const GramChunk& chu
       for (int r = 0; r < W; ++r) {
         v[r] = Vector<T, W>{};
         if (group + r < R && (kFull || group + r < rows)) {
-          v[r] = Reader::along_k(source + (group + r) * chunk.row_stride + step * Reader::kPerStep);
+          v[r] =
+              Reader::along_k(source + (group + r) * chunk.row_stride + begin * Reader::kPerStep);
         }
       }
       transpose<T, W>(v);
 #pragma GCC unroll 16
-      for (int s = 0; s < W; ++s) store(panel + (step + s) * kWidth<W, R> + group, v[s]);
+      for (int s = 0; s < W; ++s) store(panel + (begin + s) * kWidth<W, R> + group, v[s]);
     }
   }
-  return steps;
+  return begin;
 }
 
-// n is contiguous: a copy by whole vectors, for which kWidth rows must exist. Returns the steps
-// done.
+// n is contiguous: a copy by whole vectors, for which kWidth rows must exist. Returns where it
+// stopped.
 template <class T, int W, int R, class Reader>
-int64_t pack_along_n(const typename Reader::Source* source, const GramChunk& chunk, T* panel) {
-  const int64_t steps = chunk.depth / Reader::kPerStep;
-  for (int64_t step = 0; step < steps; ++step) {
-    const auto* x = source + step * Reader::kPerStep * chunk.k_stride;
+int64_t pack_along_n(const typename Reader::Source* source, const GramChunk& chunk, int64_t begin,
+                     int64_t end, T* panel) {
+  for (; (begin + 1) * Reader::kPerStep <= chunk.depth && begin < end; ++begin) {
+    const auto* x = source + begin * Reader::kPerStep * chunk.k_stride;
 #pragma GCC unroll 2
     for (int group = 0; group < R; group += W) {
-      store(panel + step * kWidth<W, R> + group, Reader::along_n(x + group, chunk.k_stride));
+      store(panel + begin * kWidth<W, R> + group, Reader::along_n(x + group, chunk.k_stride));
     }
   }
-  return steps;
+  return begin;
 }
 
-// GramTile::Pack.
+// GramTile::Pack. Where n is contiguous neighbouring panels share cache lines of the source, so all
+// panels take a few steps in turn; along k long runs are better.
 template <class T, int W, int R, class Reader>
-void pack(const GramChunk& chunk, int64_t n, int64_t begin, int64_t end, T* panels) {
+void pack(const GramChunk& chunk, int64_t n, int64_t row_begin, int64_t row_end, T* panels) {
   const int64_t slab_steps = chunk_steps(1, chunk.depth, Reader::kPerStep);
   const int64_t panel_size = chunk.slabs * slab_steps * kWidth<W, R>;
-  for (int64_t row = begin; row < end; row += R) {
-    const int64_t rows = n - row < R ? n - row : R;
-    T* panel = panels + row / R * panel_size;
-    for (int64_t slab = 0; slab < chunk.slabs; ++slab, panel += slab_steps * kWidth<W, R>) {
-      const auto* source = static_cast<const typename Reader::Source*>(chunk.data) +
-                           slab * chunk.slab_stride + row * chunk.row_stride;
-      int64_t done = 0;
-      if (chunk.k_stride == 1) {
-        done = rows == R ? pack_along_k<T, W, R, Reader, true>(source, chunk, rows, panel)
-                         : pack_along_k<T, W, R, Reader, false>(source, chunk, rows, panel);
-      } else if (chunk.row_stride == 1 && n - row >= kWidth<W, R>) {
-        done = pack_along_n<T, W, R, Reader>(source, chunk, panel);
+  const int64_t run = chunk.k_stride == 1 ? slab_steps : 64;
+  for (int64_t slab = 0; slab < chunk.slabs; ++slab) {
+    const auto* slab_source =
+        static_cast<const typename Reader::Source*>(chunk.data) + slab * chunk.slab_stride;
+    for (int64_t begin = 0; begin < slab_steps; begin += run) {
+      const int64_t end = begin + run < slab_steps ? begin + run : slab_steps;
+      for (int64_t row = row_begin; row < row_end; row += R) {
+        const int64_t rows = n - row < R ? n - row : R;
+        const auto* source = slab_source + row * chunk.row_stride;
+        T* panel = panels + row / R * panel_size + slab * slab_steps * kWidth<W, R>;
+        int64_t done = begin;
+        if (chunk.k_stride == 1) {
+          done = rows == R
+                     ? pack_along_k<T, W, R, Reader, true>(source, chunk, rows, begin, end, panel)
+                     : pack_along_k<T, W, R, Reader, false>(source, chunk, rows, begin, end, panel);
+        } else if (chunk.row_stride == 1 && n - row >= kWidth<W, R>) {
+          done = pack_along_n<T, W, R, Reader>(source, chunk, begin, end, panel);
+        }
+        pack_values<T, W, R, Reader>(source, chunk, rows, done, end, panel);
       }
-      pack_values<T, W, R, Reader>(source, chunk, rows, done, slab_steps, panel);
-    }
-  }
-}
-
-// GramTile::copy_left: MR-row panels out of NR-row panels. The rows of a panel may begin in one and
-// end in the next source panel; then two vectors are blended.
-template <class T, int W, int MR, int NR>
-void copy_left(const T* grad_panels, int64_t steps, int64_t n, int64_t begin, int64_t end,
-               T* left_panels) {
-  static_assert(kWidth<W, MR> == W, "a step of left is one vector");
-  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  const auto lane = ascending<Index>(std::make_integer_sequence<Index, W>());
-  for (int64_t row = begin; row < end; row += MR) {
-    const T* from = grad_panels + row / NR * steps * NR + row % NR;
-    T* to = left_panels + row / MR * steps * W;
-    const int64_t here = NR - row % NR;  // rows that the first source panel holds
-    const T* next = grad_panels + (row / NR + 1) * steps * NR - here;
-    const bool straddles = here < MR && row + here < n;
-    // A vector may run into the next step; the last one goes by values, lest it leave the panel.
-    if (straddles) {
-      const auto first = lane < Index(here);
-      for (int64_t s = 0; s < steps - 1; ++s) {
-        const auto a = load<Vector<T, W>>(from + s * NR), b = load<Vector<T, W>>(next + s * NR);
-        store(to + s * W, first ? a : b);
-      }
-    } else {
-      for (int64_t s = 0; s < steps - 1; ++s) {
-        store(to + s * W, load<Vector<T, W>>(from + s * NR));
-      }
-    }
-    for (int64_t r = 0; r < MR && row + r < n; ++r) {
-      to[(steps - 1) * W + r] = (r < here ? from : next)[(steps - 1) * NR + r];
     }
   }
 }

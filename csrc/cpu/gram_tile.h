@@ -26,24 +26,25 @@ struct PairMultiplyAdd {
   }
 };
 
-// One MR x (NV W) tile of the product in registers, then into stat: the whole tile, or (kEdge)
-// only what lies on or below the diagonal and inside the matrix.
-template <class Op, class T, int W, int MR, int NV, bool kEdge>
+// One tile of the product in registers, MR rows by kUsed of the NV vectors of a grad panel, then
+// into
+// stat: the whole tile, or (kEdge) only what lies on or below the diagonal and inside the matrix.
+template <class Op, class T, int W, int MR, int NV, int kUsed, bool kEdge>
 SHAMPOO_INLINE void update_tile(const typename GramTile<T>::Update& u, const T* left, const T* grad,
                                 int64_t i, int64_t j) {
   using V = Vector<T, W>;
-  constexpr int NR = NV * W;
+  constexpr int kColumns = kUsed * W;
   T* stat = u.stat + i * u.stat_row_stride + j;
-  V sum[MR][NV] = {};
-  for (int64_t step = 0; step < u.steps; ++step, left += kWidth<W, MR>, grad += NR) {
-    V g[NV];
+  V sum[MR][kUsed] = {};
+  for (int64_t step = 0; step < u.steps; ++step, left += kWidth<W, MR>, grad += NV * W) {
+    V g[kUsed];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) g[v] = load<V>(grad + v * W);
+    for (int v = 0; v < kUsed; ++v) g[v] = load<V>(grad + v * W);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       const V l = broadcast<T, W>(left[r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[r][v] = Op::apply(sum[r][v], l, g[v]);
+      for (int v = 0; v < kUsed; ++v) sum[r][v] = Op::apply(sum[r][v], l, g[v]);
     }
   }
   const bool read = u.beta != T{0};
@@ -51,22 +52,22 @@ SHAMPOO_INLINE void update_tile(const typename GramTile<T>::Update& u, const T* 
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
+      for (int v = 0; v < kUsed; ++v) {
         T* to = stat + r * u.stat_row_stride + v * W;
         const V scaled = u.alpha * sum[r][v];
         store(to, read ? u.beta * load<V>(to) + scaled : scaled);
       }
     }
   } else {
-    T tile[MR][NR];
+    T tile[MR][kColumns];
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) store(&tile[r][v * W], u.alpha * sum[r][v]);
+      for (int v = 0; v < kUsed; ++v) store(&tile[r][v * W], u.alpha * sum[r][v]);
     }
     const int64_t rows = u.n - i < MR ? u.n - i : MR;
     for (int64_t r = 0; r < rows; ++r, stat += u.stat_row_stride) {
-      const int64_t end = i + r - j + 1 < NR ? i + r - j + 1 : NR;
+      const int64_t end = i + r - j + 1 < kColumns ? i + r - j + 1 : kColumns;
       int64_t c = 0;
       for (; c + W <= end; c += W) {
         const V scaled = load<V>(&tile[r][c]);
@@ -88,9 +89,11 @@ void update(const typename GramTile<T>::Update& u, int64_t i0, int64_t i1, int64
     for (int64_t i = i0 > diagonal ? i0 : diagonal; i < i1; i += MR) {
       const T* left = u.left + i / MR * left_size;
       if (i >= j + NR - 1 && i + MR <= u.n) {
-        update_tile<Op, T, W, MR, NV, false>(u, left, grad, i, j);
+        update_tile<Op, T, W, MR, NV, NV, false>(u, left, grad, i, j);
+      } else if (NV > 1 && (i + MR <= j + W || u.n <= j + W)) {
+        update_tile<Op, T, W, MR, NV, 1, true>(u, left, grad, i, j);
       } else {
-        update_tile<Op, T, W, MR, NV, true>(u, left, grad, i, j);
+        update_tile<Op, T, W, MR, NV, NV, true>(u, left, grad, i, j);
       }
     }
   }
@@ -144,7 +147,6 @@ constexpr GramTile<T> make_tile(int depth, int left_block) {
   t.depth = depth;
   t.left_block = left_block;
   t.update = update<Op, T, W, MR, NV>;
-  t.copy_left = copy_left<T, W, MR, NV * W>;
   t.mirror = mirror<T, W>;
   return t;
 }
