@@ -8,7 +8,7 @@
 PYTHON ?= python3
 TORCH ?= pinned
 ARGS ?=
-RESULTS ?= build
+RESULTS ?= bench/results/local
 VENV := .venv
 PY := $(VENV)/bin/python
 BUILD_INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
