@@ -244,8 +244,8 @@ def test_mnist_and_cifar10_are_read_from_the_folder(tmp_path, monkeypatch):
     labels = random.integers(0, 10, 50, dtype=np.uint8)
     write_mnist(tmp_path, images, labels)
     data = _data.load("mnist")
-    assert data.train_images.shape == (40, 1, 28, 28)
-    assert data.validation_images.shape == (10, 1, 28, 28)
+    assert data.train_images.shape == (45, 1, 28, 28)
+    assert data.validation_images.shape == (5, 1, 28, 28)
     both = torch.cat([data.train_labels, data.validation_labels])
     assert sorted(both.tolist()) == sorted(labels.tolist())
 
@@ -264,8 +264,8 @@ def test_mnist_and_cifar10_are_read_from_the_folder(tmp_path, monkeypatch):
 
 
 def broken_files(kind, folder):
-    images = np.zeros((6, 28, 28), np.uint8)
-    write_mnist(folder, images, np.zeros(6, np.uint8))
+    images = np.zeros((10, 28, 28), np.uint8)
+    write_mnist(folder, images, np.zeros(10, np.uint8))
     path = folder / _data.MNIST_FILES[0]
     if kind == "not gzip":
         path.write_bytes(b"hello")
@@ -279,7 +279,7 @@ def broken_files(kind, folder):
     elif kind == "other length":
         write_mnist(folder, images, np.zeros(5, np.uint8))
     elif kind == "no label":
-        write_mnist(folder, images, np.full(6, 10, np.uint8))
+        write_mnist(folder, images, np.full(10, 10, np.uint8))
     elif kind == "missing":
         path.unlink()
 

@@ -54,16 +54,18 @@ def _digits() -> Data:
 
 def _mnist() -> Data:
     images, labels = (_read(name, _idx) for name in MNIST_FILES)
-    _expect(MNIST_FILES[0], images.ndim == 3 and images.shape[1:] == (28, 28) and len(images) > 4)
+    _expect(MNIST_FILES[0], images.ndim == 3 and images.shape[1:] == (28, 28) and len(images) > 9)
     _expect(MNIST_FILES[1], labels.shape == images.shape[:1] and labels.max() < CLASSES)
-    return _split("MNIST (its test files)", images[:, None], labels, validation=len(labels) // 5)
+    return _split("MNIST (its test files)", images[:, None], labels, validation=len(labels) // 10)
 
 
 def _cifar10() -> Data:
     keys = [f"{part}_{kind}" for part in ("train", "test") for kind in ("images", "labels")]
     arrays = _read(CIFAR10_FILE, lambda path: _npz(path, keys))
     for images, labels in (arrays[:2], arrays[2:]):
-        _expect(CIFAR10_FILE, images.ndim == 4 and images.shape[1:] == (3, 32, 32) and len(images) > 0)
+        _expect(
+            CIFAR10_FILE, images.ndim == 4 and images.shape[1:] == (3, 32, 32) and len(images) > 0
+        )
         _expect(CIFAR10_FILE, labels.shape == images.shape[:1] and labels.max() < CLASSES)
     return _standardised("CIFAR-10 (subset)", *arrays)
 

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="digits",
         help="digits: 8 x 8 images that come with scikit-learn (default); mnist, cifar10: "
         f"{', '.join(_data.MNIST_FILES)} or {_data.CIFAR10_FILE} from the folder in the "
-        f"environment variable {_data.FOLDER}",
+        f"environment variable {_data.FOLDER} (larger images: several times as long)",
     )
     add("--steps", type=int, help=f"of every run (default {DEFAULT.steps}; quick {QUICK.steps})")
     add(
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("shampoo_kernels_demo.png"),
         help="where the picture goes: .png, .pdf or .svg (default %(default)s)",
     )
-    add("--json", type=Path, help="also write every number to this file")
+    add("--json", type=Path, help="also write every number to this .json file")
     add("--quick", action="store_true", help="a short run to see that it works, about 15 seconds")
 
 
