@@ -1,8 +1,8 @@
 """The options of a param group: what is allowed, and the words that say so."""
 
 import math
-from fractions import Fraction
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,31 +101,31 @@ def _require_count(group: dict, name: str) -> None:
     )
 
 
-def _betas(betas: object) -> tuple[float, float]:
+def _betas(betas: Any) -> tuple[float, float]:
     good = (
         isinstance(betas, (tuple, list))
         and len(betas) == 2
         and all(_is_real(beta) and 0 <= beta < 1 for beta in betas)
     )
     _require(good, "betas", "two numbers in [0, 1)", betas)
-    return tuple(betas)
+    return betas[0], betas[1]
 
 
-def _roots(p: object) -> tuple[float | None, float | None]:
+def _roots(p: Any) -> tuple[float | None, float | None]:
     """(left, right), each a plain number, so that torch.load(weights_only=True) reads it back."""
     pair = tuple(p) if isinstance(p, (tuple, list)) else (p, p)
     good = len(pair) == 2 and all(
-        r is None or (_is_real(r) and r > 0 and math.isfinite(r)) for r in pair
+        root is None or (_is_real(root) and 0 < root < math.inf) for root in pair
     )
     _require(good, "p", "a positive number or None, or a pair (left, right) of them", p)
-    return tuple(
-        float(r) if isinstance(r, Fraction) and r.denominator != 1 else _plain(r) for r in pair
-    )
+    return _plain(pair[0]), _plain(pair[1])
 
 
-def _plain(root: float | None) -> float | None:
-    """2.0 and Fraction(2) are 2: the iterations want integers."""
-    return int(root) if root is not None and root == int(root) else root
+def _plain(root: Any) -> float | None:
+    """2.0 and Fraction(2) are 2, because the iterations want integers; other fractions floats."""
+    if root is None:
+        return None
+    return int(root) if root == int(root) else float(root)
 
 
 def _check_root_options(group: dict) -> None:
