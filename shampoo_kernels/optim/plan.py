@@ -89,12 +89,15 @@ class Plan:
 
     def _check_capture(self, complete: bool) -> None:
         """A graph repeats one step: all gradients, past start_step, and every root in each step."""
-        started = complete and min(self.steps) >= self.group["start_step"]
-        if self.group["precondition"] and not (self.group["refresh_every"] == 1 and started):
+        group = self.group
+        if not group["capturable"]:
+            raise RuntimeError("Shampoo: capturing step() in a CUDA graph needs capturable=True")
+        started = complete and min(self.steps) >= group["start_step"]
+        if group["precondition"] and not (group["refresh_every"] == 1 and started):
             raise RuntimeError(
                 "Shampoo: capturing step() in a CUDA graph needs refresh_every=1, a gradient for "
-                f"every parameter, and start_step ({self.group['start_step']}) steps made before; "
-                f"got refresh_every={self.group['refresh_every']} after {min(self.steps)} steps"
+                f"every parameter, and start_step ({group['start_step']}) steps made before; "
+                f"got refresh_every={group['refresh_every']} after {min(self.steps)} steps"
             )
 
 
