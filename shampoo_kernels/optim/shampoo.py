@@ -15,9 +15,10 @@ class Shampoo(torch.optim.Optimizer):
 
     L and R are running averages of G Gᵀ and Gᵀ G over blocks of every weight matrix, M of G. With
     graft="adam" every block's update takes the norm of AdamW's, so that AdamW's learning rate is
-    where to start (the best one was 1 to 3 times as large in our runs). Parameters without a factor (vectors, scalars, and groups with
-    precondition=False) run AdamW itself, so one optimizer covers a model. Every option can be set
-    per param group. Moments, statistics and roots are float32, float64 for float64 parameters.
+    where to start (the best one was 1 to 3 times as large in our runs). Parameters without a factor
+    (vectors, scalars, and groups with precondition=False) run AdamW itself, so one optimizer covers
+    a model. Every option can be set per param group. Moments, statistics and roots are float32,
+    float64 for float64 parameters.
 
     Args:
         params: parameters, named parameters or param groups, as in torch.optim.
