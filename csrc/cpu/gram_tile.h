@@ -26,9 +26,9 @@ struct PairMultiplyAdd {
   }
 };
 
-// One tile of the product in registers, MR rows by kUsed of the NV vectors of a grad panel, then
-// into
-// stat: the whole tile, or (kEdge) only what lies on or below the diagonal and inside the matrix.
+// One tile of the product, MR rows by kUsed of the NV vectors of a grad panel, in registers and
+// then into stat: the whole tile, or (kEdge) what lies on or below the diagonal and inside the
+// matrix.
 template <class Op, class T, int W, int MR, int NV, int kUsed, bool kEdge>
 SHAMPOO_INLINE void update_tile(const typename GramTile<T>::Update& u, const T* left, const T* grad,
                                 int64_t i, int64_t j) {
@@ -90,7 +90,7 @@ void update(const typename GramTile<T>::Update& u, int64_t i0, int64_t i1, int64
       const T* left = u.left + i / MR * left_size;
       if (i >= j + NR - 1 && i + MR <= u.n) {
         update_tile<Op, T, W, MR, NV, NV, false>(u, left, grad, i, j);
-      } else if (NV > 1 && (i + MR <= j + W || u.n <= j + W)) {
+      } else if (NV > 1 && (i + MR <= j + W || u.n <= j + W)) {  // one vector of columns is left
         update_tile<Op, T, W, MR, NV, 1, true>(u, left, grad, i, j);
       } else {
         update_tile<Op, T, W, MR, NV, NV, true>(u, left, grad, i, j);

@@ -95,7 +95,11 @@ SHAMPOO_INLINE void transpose(Vector<T, W> (&v)[W]) {
     transpose<T, W, 2 * S>(v);
     if constexpr (kInterleave) {
 #pragma GCC unroll 4
-      for (int r = 0; r < W; r += 4) std::swap(v[r + 1], v[r + 2]);
+      for (int r = 0; r < W; r += 4) {
+        const Vector<T, W> second = v[r + 1];
+        v[r + 1] = v[r + 2];
+        v[r + 2] = second;
+      }
     }
   }
 }
