@@ -29,18 +29,17 @@ void gram_ema(const GramEma& p, const Parallel& parallel) {
   const double n = double(p.n);
   const double work = n * n * (double(p.slabs) * double(p.k) / 2 + 4);
 
-  // One block per task needs no barrier; sharing a block out fills the cores that would be left
-  // over. Both give the same bits.
-  const int64_t rounds = (p.blocks + parallel.workers - 1) / parallel.workers;
-  const bool uneven = p.blocks * 10 < rounds * parallel.workers * 9;
-  if (parallel.workers > 1 && uneven && work > kSharedWork) {
-    for (int64_t b = 0; b < p.blocks; ++b) plan.run_parallel(block_of(p, b), parallel);
-    return;
-  }
+  // One block per task needs no barrier; sharing a block out fills the cores that the last blocks
+  // would leave idle. Both give the same bits.
+  const int64_t left_over = p.blocks % parallel.workers;
+  const bool worth_sharing =
+      parallel.workers > 1 && work > kSharedWork && p.blocks < 8 * parallel.workers;
+  const int64_t whole = worth_sharing ? p.blocks - left_over : p.blocks;
   const int64_t grain = int64_t(kTaskWork / work) + 1;
-  for_each(parallel, p.blocks, grain, [&](int64_t begin, int64_t end) {
+  for_each(parallel, whole, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) plan.run(block_of(p, b));
   });
+  for (int64_t b = whole; b < p.blocks; ++b) plan.run_parallel(block_of(p, b), parallel);
 }
 
 }  // namespace shampoo
