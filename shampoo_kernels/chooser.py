@@ -46,6 +46,7 @@ OPS = (
     "orthogonalize",
 )
 
+_VARIABLE = "SHAMPOO_KERNELS_BACKEND"
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
 
 
@@ -55,9 +56,9 @@ def choose(op: str, device: str, dtype: torch.dtype) -> str:
     An override (`use_backend`, or SHAMPOO_KERNELS_BACKEND) is a preference: an op that the named
     backend does not have takes the reference. A backend that is absent altogether raises.
     """
-    wanted = _override.get() or os.environ.get("SHAMPOO_KERNELS_BACKEND") or None
-    if wanted is not None:
-        _check_present(wanted)
+    wanted = _override.get()
+    if wanted is None and (wanted := os.environ.get(_VARIABLE) or None) is not None:
+        _check_present(wanted, _VARIABLE)
     for row in TABLE:
         if (row.op, row.device) == (op, device) and dtype in row.dtypes:
             if wanted not in (None, row.backend) or why_absent(row) is not None:
@@ -110,9 +111,9 @@ def _served(op: str, device: str) -> Served:
     return Served("reference", "no other kernel of this op yet")
 
 
-def _check_present(name: str) -> None:
+def _check_present(name: str, source: str = "backend") -> None:
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "native" and native.lib is None:
         raise RuntimeError(f"the native backend is absent: {native.why_not}")
     if name == "triton" and not any(row.backend == "triton" for row in TABLE):

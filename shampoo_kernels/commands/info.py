@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    facts = collect()
+    try:
+        facts = collect()
+    except (ValueError, RuntimeError) as error:  # SHAMPOO_KERNELS_BACKEND asks for what is not here
+        print(f"info: {error}", file=sys.stderr)
+        return 1
     print(json.dumps(facts, indent=2) if args.json else as_text(facts))
     return 0
 

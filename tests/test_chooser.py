@@ -1,0 +1,130 @@
+"""The chooser: what serves what, the two ways to override it, and what it says when it cannot."""
+
+import math
+import threading
+
+import pytest
+import torch
+
+import shampoo_kernels
+from shampoo_kernels import chooser, native
+from shampoo_kernels.__main__ import main
+
+built = pytest.mark.skipif(native.lib is None, reason=f"no extension: {native.why_not}")
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("SHAMPOO_KERNELS_BACKEND", raising=False)
+
+
+@built
+def test_every_row_of_the_table_is_chosen_for_its_dtypes_alone():
+    for row in chooser.TABLE:
+        if chooser.why_absent(row) is not None:
+            continue
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            expected = row.backend if dtype in row.dtypes else "reference"
+            assert chooser.choose(row.op, row.device, dtype) == expected
+
+
+@pytest.mark.parametrize("op", chooser.OPS)
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu", "meta"])
+def test_other_devices_take_the_reference(op, device):
+    assert chooser.choose(op, device, torch.float32) == "reference"
+
+
+@built
+def test_overrides_nest_and_win_over_the_environment(monkeypatch):
+    monkeypatch.setenv("SHAMPOO_KERNELS_BACKEND", "reference")
+    assert chooser.choose("gram_ema_", "cpu", torch.float32) == "reference"
+    with shampoo_kernels.use_backend("native"):
+        assert chooser.choose("gram_ema_", "cpu", torch.float32) == "native"
+        assert chooser.choose("orthogonalize", "cpu", torch.float32) == "reference"
+        with shampoo_kernels.use_backend("reference"):
+            assert chooser.choose("gram_ema_", "cpu", torch.float32) == "reference"
+    assert chooser.choose("gram_ema_", "cpu", torch.float32) == "reference"
+
+
+@built
+def test_an_override_holds_in_its_own_thread():
+    seen = []
+    with shampoo_kernels.use_backend("reference"):
+        thread = threading.Thread(
+            target=lambda: seen.append(chooser.choose("gram_ema_", "cpu", torch.float32))
+        )
+        thread.start()
+        thread.join()
+    assert seen == ["native"]
+
+
+@built
+def test_the_override_reaches_the_kernel():
+    """The native op is called, and is not called under an override."""
+    calls = []
+    original = torch.ops.shampoo_kernels_native.eigenvalue_bound
+    A = torch.eye(3)[None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.ops.shampoo_kernels_native,
+            "eigenvalue_bound",
+            lambda A: calls.append(1) or original(A),
+        )
+        shampoo_kernels.eigenvalue_bound(A)
+        assert calls == [1]
+        with shampoo_kernels.use_backend("reference"):
+            shampoo_kernels.eigenvalue_bound(A)
+        assert calls == [1]
+
+
+@pytest.mark.parametrize("name", ["fastest", "", None])
+def test_unknown_names(name):
+    with (
+        pytest.raises(ValueError, match="backend must be one of reference, native, triton"),
+        shampoo_kernels.use_backend(name),
+    ):
+        pass
+
+
+def test_a_backend_that_is_absent_says_why(monkeypatch):
+    with (
+        pytest.raises(RuntimeError, match="no Triton kernels"),
+        shampoo_kernels.use_backend("triton"),
+    ):
+        pass
+    monkeypatch.setattr(native, "lib", None)
+    monkeypatch.setattr(native, "why_not", "no compiler was found")
+    with (
+        pytest.raises(RuntimeError, match="native backend is absent: no compiler was found"),
+        shampoo_kernels.use_backend("native"),
+    ):
+        pass
+    assert chooser.choose("gram_ema_", "cpu", torch.float32) == "reference"
+    assert "no compiler was found" in shampoo_kernels.backends()["gram_ema_"]["cpu"].reason
+
+
+def test_backends_names_every_op_and_device():
+    table = shampoo_kernels.backends()
+    assert set(table) == set(chooser.OPS)
+    for row in table.values():
+        assert set(row) == {"cpu", "cuda", "other"}
+        assert all(served.backend in chooser.BACKENDS and served.reason for served in row.values())
+
+
+@built
+def test_results_do_not_depend_on_the_choice_beyond_rounding():
+    grad = torch.randn(3, 20, 30)
+    stats = []
+    for name in ("reference", "native"):
+        with shampoo_kernels.use_backend(name):
+            stats.append(shampoo_kernels.gram_ema_(torch.zeros(3, 20, 20), grad, 0, 1, side="left"))
+    bound = 30 * 2.0**-24 * (grad.abs() @ grad.abs().mT) * math.sqrt(2)
+    assert ((stats[0] - stats[1]).abs() <= bound).all()
+
+
+def test_a_wrong_environment_variable_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("SHAMPOO_KERNELS_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="SHAMPOO_KERNELS_BACKEND must be one of"):
+        shampoo_kernels.eigenvalue_bound(torch.eye(2))
+    assert main(["info"]) == 1
+    assert "SHAMPOO_KERNELS_BACKEND must be one of" in capsys.readouterr().err
