@@ -15,7 +15,7 @@ import torch
 
 QUICK = os.environ.get("QUICK") == "1"
 SECONDS_A_ROW = 0.25 if QUICK else 2.0
-FEWEST_ROUNDS, MOST_ROUNDS = (3, 20) if QUICK else (7, 200)
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 20 if QUICK else 200
 
 
 def timed(function: Callable[[], object]) -> float:
