@@ -37,7 +37,7 @@ class Extent:
     learning_rates: tuple[float, ...]
 
 
-DEFAULT = Extent(200, 3, 64, 8, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2))
+DEFAULT = Extent(200, 3, 64, 4, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2))
 QUICK = Extent(40, 2, 64, 2, DEFAULT.learning_rates[::2])
 EXAMPLES = 128
 EVALUATIONS = 40  # of the validation loss along a run
