@@ -28,9 +28,7 @@ def by_iteration(
     status: Tensor,
 ) -> None:
     """ "newton" or "product" on (A + ridge*bound*I) / ((1 + ridge)*bound), never synchronising."""
-    bound = torch.ops.shampoo_kernels.eigenvalue_bound(A)
-    usable = bound.isfinite() & (bound > 0)
-    scale = torch.where(usable, bound, 1)
+    bound, usable, scale = _bound(A)
     scaled = mirror_lower(A) / (scale * (1 + ridge)).view(-1, 1, 1)
     scaled.diagonal(dim1=-2, dim2=-1).add_(ridge / (1 + ridge))
     scaled = _replace(scaled, ~usable)
@@ -74,9 +72,7 @@ def by_eigh(
     status: Tensor,
 ) -> None:
     """V diag((lambda + ridge*bound)^(-1/p)) Vᵀ by torch.linalg.eigh; synchronises on a GPU."""
-    bound = torch.ops.shampoo_kernels.eigenvalue_bound(A)
-    usable = bound.isfinite() & (bound > 0)
-    scale = torch.where(usable, bound, 1)
+    bound, usable, scale = _bound(A)
     scaled = _replace(mirror_lower(A) / scale.view(-1, 1, 1), ~usable)
     values, vectors, solved = _eigh(scaled)
     unit = torch.finfo(A.dtype).eps / 2
@@ -102,6 +98,13 @@ def _eigh(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return *torch.linalg.eigh(torch.eye(A.shape[-1]).to(A)[None]), ~solved
         values, vectors, each = zip(*(_eigh(block) for block in A.split(1)), strict=True)
         return torch.cat(values), torch.cat(vectors), torch.cat(each)
+
+
+def _bound(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The bound, whether it is one to scale by, and what to divide by; each (B,)."""
+    bound = torch.ops.shampoo_kernels.eigenvalue_bound(A)
+    usable = bound.isfinite() & (bound > 0)
+    return bound, usable, torch.where(usable, bound, 1)
 
 
 def _replace(A: Tensor, bad: Tensor) -> Tensor:
