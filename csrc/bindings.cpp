@@ -46,26 +46,77 @@ void check_same_dtype(const char* op, const char* name, const Tensor& t, ScalarT
   STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
 }
 
-shampoo::GramOperand gram_operand(const char* name, const Tensor& t, const Tensor& stat) {
+DType product_dtype(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16");
+  }
+}
+
+shampoo::Operand gram_operand(const char* name, const Tensor& t, const Tensor& stat) {
   const char* op = "gram_ema_";
   check_cpu(op, name, t, 4);
   check_size(op, name, t, 0, stat.size(0));
   check_size(op, name, t, 2, stat.size(1));
-  DType dtype;
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      dtype = DType::kFloat32;
-      break;
-    case ScalarType::BFloat16:
-      dtype = DType::kBFloat16;
-      break;
-    case ScalarType::Half:
-      dtype = DType::kFloat16;
-      break;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16");
-  }
+  const DType dtype = product_dtype(op, name, t);
   return {t.const_data_ptr(), dtype, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+// A float32 stack of matrices that is written or added to by rows.
+void check_rows(const char* op, const char* name, const Tensor& t) {
+  check_same_dtype(op, name, t, ScalarType::Float);
+  STD_TORCH_CHECK(t.size(2) <= 1 || t.stride(2) == 1, op, ": ", name,
+                  " must have column stride 1, got ", t.stride(2));
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) >= t.size(2), op, ": ", name,
+                  " must have a row stride of at least ", t.size(2), ", got ", t.stride(1));
+}
+
+// out <- identity I + beta base + alpha left @ right; base None: out itself.
+void product_(Tensor out, Tensor left, Tensor right, std::optional<Tensor> base, double identity,
+              double beta, double alpha, bool symmetric) {
+  const char* op = "product_";
+  const Tensor& added = base.has_value() ? *base : out;
+  check_cpu(op, "out", out, 3);
+  const int64_t blocks = out.size(0), rows = out.size(1), columns = out.size(2), k = left.size(2);
+  auto check_shape = [&](const char* name, const Tensor& t, int64_t size1, int64_t size2) {
+    check_cpu(op, name, t, 3);
+    check_size(op, name, t, 0, blocks);
+    check_size(op, name, t, 1, size1);
+    check_size(op, name, t, 2, size2);
+  };
+  check_shape("base", added, rows, columns);
+  check_shape("left", left, rows, k);
+  check_shape("right", right, k, columns);
+  check_rows(op, "out", out);
+  check_rows(op, "base", added);
+  STD_TORCH_CHECK(blocks <= 1 || rows * columns == 0 || out.stride(0) != 0, op,
+                  ": out's blocks overlap");
+  STD_TORCH_CHECK(!symmetric || rows == columns, op, ": symmetric needs a square out");
+  shampoo::product({blocks,
+                    rows,
+                    columns,
+                    k,
+                    symmetric,
+                    out.mutable_data_ptr<float>(),
+                    out.stride(0),
+                    out.stride(1),
+                    added.const_data_ptr<float>(),
+                    added.stride(0),
+                    added.stride(1),
+                    {left.const_data_ptr(), product_dtype(op, "left", left), left.stride(0), 0,
+                     left.stride(1), left.stride(2)},
+                    {right.const_data_ptr(), product_dtype(op, "right", right), right.stride(0), 0,
+                     right.stride(2), right.stride(1)},
+                    float(identity),
+                    float(beta),
+                    float(alpha)},
+                   torch_threads());
 }
 
 // A factor per block: the tensor's 1 or B numbers, else the float.
@@ -209,6 +260,9 @@ STABLE_TORCH_LIBRARY(shampoo_kernels_native, m) {
   m.def(
       "gram_ema_(Tensor(a!) stat, Tensor left, Tensor grad, float beta, float alpha, "
       "Tensor? beta_tensor, Tensor? alpha_tensor) -> ()");
+  m.def(
+      "product_(Tensor(a!) out, Tensor left, Tensor right, Tensor? base, float identity, "
+      "float beta, float alpha, bool symmetric) -> ()");
   m.def("eigenvalue_bound(Tensor A) -> Tensor");
   m.def(
       "inverse_root_eigh_(Tensor A, float p, float ridge, float? rank_rtol, Tensor? previous, "
@@ -217,6 +271,7 @@ STABLE_TORCH_LIBRARY(shampoo_kernels_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(shampoo_kernels_native, CPU, m) {
   m.impl("gram_ema_", TORCH_BOX(&gram_ema_));
+  m.impl("product_", TORCH_BOX(&product_));
   m.impl("eigenvalue_bound", TORCH_BOX(&eigenvalue_bound));
   m.impl("inverse_root_eigh_", TORCH_BOX(&inverse_root_eigh_));
 }
@@ -226,7 +281,7 @@ PYBIND11_MODULE(_C, m) {
       "Native kernels of shampoo_kernels; importing it registers "
       "torch.ops.shampoo_kernels_native.";
   m.def("build_facts", &build_facts, "Compiler, torch target, instruction sets, CUDA archs.");
-  m.def("isas", &shampoo::isas, "Instruction sets of the Gram kernel that run here, best first.");
+  m.def("isas", &shampoo::isas, "Instruction sets of the products that run here, best first.");
   m.def("isa", &shampoo::isa, "The one in use.");
   m.def(
       "set_isa",

@@ -19,12 +19,31 @@ struct Parallel {
               void* context) = nullptr;
 };
 
-// An operand of the Gram update, (blocks, slabs, n, k); any stride may be 0.
-struct GramOperand {
+// An operand of a product, (blocks, slabs, rows, k); any stride may be 0.
+struct Operand {
   const void* data;
-  DType dtype;  // kFloat32, kBFloat16 or kFloat16
+  DType dtype;
   int64_t block_stride, slab_stride, row_stride, k_stride;
+
+  const void* block(int64_t b) const {
+    constexpr int64_t kBytes[] = {4, 2, 2, 8};
+    return static_cast<const char*>(data) + b * block_stride * kBytes[int(dtype)];
+  }
 };
+
+// out[b] <- identity I + beta base[b] + alpha left[b] right[b]^T, with one slab per operand. The
+// bits are as in gram_ema.
+struct Product {
+  int64_t blocks, rows, columns, k;  // any of them may be 0
+  bool symmetric;  // the caller knows that out is: the lower triangle is computed and mirrored
+  float* out;      // (blocks, rows, columns), column stride 1, not overlapping left and right
+  int64_t out_block_stride, out_row_stride;
+  const float* base;  // likewise, may be out; beta == 0: not read
+  int64_t base_block_stride, base_row_stride;
+  Operand left, right;  // kFloat32, kBFloat16 or kFloat16; alpha == 0: not read
+  float identity, beta, alpha;
+};
+void product(const Product& problem, const Parallel& parallel);
 
 // stat[b] <- beta[b] stat[b] + alpha[b] sum_s left[b, s] grad[b, s]^T, which the caller knows to be
 // symmetric: the lower triangle is computed and mirrored.
@@ -32,10 +51,10 @@ struct GramEma {
   int64_t blocks, n, slabs, k;  // any of them may be 0
   float* stat;                  // (blocks, n, n): lower triangle read, both triangles written
   int64_t stat_block_stride, stat_row_stride;  // row stride >= n, column stride 1
-  GramOperand left, grad;                      // not overlapping stat
-  const float* beta;                           // beta[b] == 0: stat[b] is not read
-  const float* alpha;                          // alpha[b] == 0: left[b] and grad[b] are not read
-  int64_t beta_stride, alpha_stride;           // 0: one number for all blocks
+  Operand left, grad;                 // kFloat32, kBFloat16, kFloat16; not overlapping stat
+  const float* beta;                  // beta[b] == 0: stat[b] is not read
+  const float* alpha;                 // alpha[b] == 0: left[b] and grad[b] are not read
+  int64_t beta_stride, alpha_stride;  // 0: one number for all blocks
 };
 
 // A block's bits depend on that block and on isa() alone. The sums run in float32 over k, then over
@@ -85,9 +104,9 @@ bool has_lapack();
 // GFLOP/s of float32 multiply-adds in registers, the best of a few runs on all workers.
 double peak_gflops(const Parallel& parallel);
 
-// Instruction sets of the Gram kernel that were compiled in, whether or not this CPU has them.
+// Instruction sets of the products that were compiled in, whether or not this CPU has them.
 std::vector<std::string> built_isas();
-// Instruction sets of the Gram kernel, best first: those built in and runnable here, then emulated
+// Instruction sets of the products, best first: those built in and runnable here, then emulated
 // ones ("...-generic": the same code for another vector width, slow, for tests).
 std::vector<std::string> isas();
 std::string isa();                      // the one in use: the best, unless set_isa was called

@@ -20,9 +20,8 @@
 
 #include "../kernels.h"
 #include "eigenvalue_bound.h"
-#include "gram.h"
 #include "lapack.h"
-#include "parallel.h"
+#include "product.h"
 #include "scratch.h"
 
 namespace shampoo {
@@ -104,7 +103,7 @@ struct Scaled {
 
 // work.root <- the root of the scaled block, or false where there is none.
 template <class T>
-bool compute_root(const InverseRootEigh<T>& problem, const GramPlan<T>& plan,
+bool compute_root(const InverseRootEigh<T>& problem, const ProductPlan<T>& plan,
                   const Scaled<T>& scaled, Workspace<T>& work) {
   const int64_t n = problem.A.n;
   const double bound = scaled.bound, u = std::numeric_limits<T>::epsilon() / 2;
@@ -125,7 +124,7 @@ bool compute_root(const InverseRootEigh<T>& problem, const GramPlan<T>& plan,
     const T factor = dropped ? T{0} : T(std::pow(l, power) * unscale);
     for (int64_t i = 0; i < n; ++i) work.vectors[k * n + i] *= factor;  // row k of V^T
   }
-  plan.run({work.root, work.vectors, work.vectors, T{0}, T{1}});
+  plan.run({work.root, work.root, work.vectors, work.vectors, T{0}, T{1}, T{0}});
   return all_finite(work.root, n, n, int64_t{1});
 }
 
@@ -165,8 +164,9 @@ void inverse_root_eigh(const InverseRootEigh<T>& problem, const Parallel& parall
   if (n > 32766) throw std::runtime_error("inverse_root_eigh: n > 32766 overflows LAPACK's sizes");
   // U^T U, with row k of U at vectors + k n.
   constexpr DType dtype = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-  const GramOperand u_transposed = {nullptr, dtype, 0, 0, 1, n};
-  const GramPlan<T> plan(current_gram_isa(), n, 1, n, n, u_transposed, u_transposed);
+  const Operand u_transposed = {nullptr, dtype, 0, 0, 1, n};
+  const ProductShape symmetric = {n, n, 1, n, true, n, n};
+  const ProductPlan<T> plan(current_product_isa(), symmetric, u_transposed, u_transposed);
   for_each(parallel, problem.A.blocks, 1, [&](int64_t begin, int64_t end) {
     SingleThreadedMkl single_threaded;
     for (int64_t b = begin; b < end; ++b) {

@@ -1,9 +1,9 @@
-// The float32 FMA rate of this machine, which the Gram product is read against.
+// The float32 FMA rate of this machine, which products are read against.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 
-#include "gram_vector.h"
+#include "product_vector.h"
 
 namespace shampoo {
 namespace {

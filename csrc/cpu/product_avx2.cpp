@@ -1,11 +1,11 @@
-// The Gram tile for AVX2 and FMA: 12 of 16 registers hold sums.
+// The product's tile for AVX2 and FMA: 12 of 16 registers hold sums.
 #if defined(__x86_64__) && defined(__AVX2__) && defined(__FMA__)
 
-#include "gram_tile.h"
+#include "product_tile.h"
 
 namespace shampoo {
 
-constinit const GramIsa gram_avx2 = {
+constinit const ProductIsa product_avx2 = {
     "avx2",
     number_tile<float, 8, 6, 2>(256, 144),
     {},

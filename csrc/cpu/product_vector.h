@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-#include "gram_isa.h"
+#include "product_isa.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors cross no ABI boundary: all is inlined

@@ -1,5 +1,5 @@
-// Which instruction set the Gram product uses.
-#include "gram_isa.h"
+// Which instruction set the product uses.
+#include "product_isa.h"
 
 #include <atomic>
 
@@ -7,61 +7,62 @@ namespace shampoo {
 namespace {
 
 // Best first.
-std::vector<const GramIsa*> runnable() {
-  std::vector<const GramIsa*> list;
+std::vector<const ProductIsa*> runnable() {
+  std::vector<const ProductIsa*> list;
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512) list.push_back(&gram_avx512);
-  if (avx2) list.push_back(&gram_avx2);
+  if (avx512) list.push_back(&product_avx512);
+  if (avx2) list.push_back(&product_avx2);
 #endif
-  list.push_back(&gram_portable);
-  list.push_back(&gram_avx512_generic);
+  list.push_back(&product_portable);
+  list.push_back(&product_avx512_generic);
   return list;
 }
 
-std::atomic<const GramIsa*>& current() {
-  static std::atomic<const GramIsa*> isa{runnable().front()};
+std::atomic<const ProductIsa*>& current() {
+  static std::atomic<const ProductIsa*> isa{runnable().front()};
   return isa;
 }
 
 }  // namespace
 
-const GramIsa& current_gram_isa() {
+const ProductIsa& current_product_isa() {
   return *current().load(std::memory_order_relaxed);
 }
 
-bool runs_bf16_pairs(const GramIsa& isa) {
-  if (isa.bf16_pairs.update == nullptr) return false;
+bool runs_bf16_pairs(const ProductIsa& isa) {
+  if (isa.bf16_pairs.update_full == nullptr) return false;
 #if defined(__x86_64__)
-  if (&isa == &gram_avx512) return __builtin_cpu_supports("avx512bf16");
+  if (&isa == &product_avx512) return __builtin_cpu_supports("avx512bf16");
 #endif
   return true;
 }
 
 std::vector<std::string> built_isas() {
 #if defined(__x86_64__)
-  return {gram_avx512.name, gram_avx2.name, gram_portable.name, gram_avx512_generic.name};
+  return {product_avx512.name, product_avx2.name, product_portable.name,
+          product_avx512_generic.name};
 #else
-  return {gram_portable.name, gram_avx512_generic.name};
+  return {product_portable.name, product_avx512_generic.name};
 #endif
 }
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;
-  for (const GramIsa* isa : runnable()) names.push_back(isa->name);
+  for (const ProductIsa* isa : runnable()) names.push_back(isa->name);
   return names;
 }
 
 std::string isa() {
-  return current_gram_isa().name;
+  return current_product_isa().name;
 }
 
 bool set_isa(const std::string& name) {
-  for (const GramIsa* isa : runnable()) {
+  for (const ProductIsa* isa : runnable()) {
     if (isa->name == name) {
       current().store(isa, std::memory_order_relaxed);
       return true;

@@ -1,8 +1,8 @@
 // Packing: rows of any dtype and strides become panels that the register tile reads in order.
-// Internal linkage throughout, see gram_vector.h.
+// Internal linkage throughout, see product_vector.h.
 #pragma once
 
-#include "gram_vector.h"
+#include "product_vector.h"
 
 namespace shampoo {
 namespace {
@@ -52,7 +52,7 @@ constexpr int kWidth = (R + W - 1) / W * W;
 
 // Steps [begin, end), one value at a time; rows beyond `rows` become 0.
 template <class T, int W, int R, class Reader>
-void pack_values(const typename Reader::Source* source, const GramChunk& chunk, int64_t rows,
+void pack_values(const typename Reader::Source* source, const ProductChunk& chunk, int64_t rows,
                  int64_t begin, int64_t end, T* panel) {
   for (int64_t step = begin; step < end; ++step) {
     const int64_t k = step * Reader::kPerStep;
@@ -67,7 +67,7 @@ void pack_values(const typename Reader::Source* source, const GramChunk& chunk, 
 
 // k is contiguous: W rows by W steps at a time, transposed in registers. Returns where it stopped.
 template <class T, int W, int R, class Reader, bool kFull>
-int64_t pack_along_k(const typename Reader::Source* source, const GramChunk& chunk, int64_t rows,
+int64_t pack_along_k(const typename Reader::Source* source, const ProductChunk& chunk, int64_t rows,
                      int64_t begin, int64_t end, T* panel) {
   for (; (begin + W) * Reader::kPerStep <= chunk.depth && begin + W <= end; begin += W) {
 #pragma GCC unroll 2
@@ -92,8 +92,8 @@ int64_t pack_along_k(const typename Reader::Source* source, const GramChunk& chu
 // n is contiguous: a copy by whole vectors, for which kWidth rows must exist. Returns where it
 // stopped.
 template <class T, int W, int R, class Reader>
-int64_t pack_along_n(const typename Reader::Source* source, const GramChunk& chunk, int64_t begin,
-                     int64_t end, T* panel) {
+int64_t pack_along_n(const typename Reader::Source* source, const ProductChunk& chunk,
+                     int64_t begin, int64_t end, T* panel) {
   for (; (begin + 1) * Reader::kPerStep <= chunk.depth && begin < end; ++begin) {
     const auto* x = source + begin * Reader::kPerStep * chunk.k_stride;
 #pragma GCC unroll 2
@@ -104,10 +104,10 @@ int64_t pack_along_n(const typename Reader::Source* source, const GramChunk& chu
   return begin;
 }
 
-// GramTile::Pack. Where n is contiguous neighbouring panels share cache lines of the source, so all
-// panels take a few steps in turn; along k long runs are better.
+// ProductTile::Pack. Where n is contiguous neighbouring panels share cache lines of the source, so
+// all panels take a few steps in turn; along k long runs are better.
 template <class T, int W, int R, class Reader>
-void pack(const GramChunk& chunk, int64_t n, int64_t row_begin, int64_t row_end, T* panels) {
+void pack(const ProductChunk& chunk, int64_t n, int64_t row_begin, int64_t row_end, T* panels) {
   const int64_t slab_steps = chunk_steps(1, chunk.depth, Reader::kPerStep);
   const int64_t panel_size = chunk.slabs * slab_steps * kWidth<W, R>;
   const int64_t run = chunk.k_stride == 1 ? slab_steps : 64;
