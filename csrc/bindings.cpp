@@ -194,21 +194,26 @@ Tensor eigenvalue_bound(Tensor A) {
 }
 
 template <class T>
-void inverse_root_eigh_of(const Tensor& A, double p, double ridge, double rank_rtol,
-                          const std::optional<Tensor>& previous, Tensor& root, Tensor& residual,
-                          Tensor& status) {
+shampoo::InverseRoot<T> inverse_root(const Tensor& A, double p, double ridge,
+                                     const std::optional<Tensor>& previous, Tensor& root,
+                                     Tensor& residual, Tensor& status) {
   const T* kept = previous.has_value() ? previous->const_data_ptr<T>() : nullptr;
   auto stride = [&](int dim) { return kept ? previous->stride(dim) : 0; };
-  shampoo::inverse_root_eigh<T>({symmetric_stack<T>(A), p, ridge, rank_rtol, kept, stride(0),
-                                 stride(1), stride(2), root.mutable_data_ptr<T>(),
-                                 residual.mutable_data_ptr<T>(), status.mutable_data_ptr<int8_t>()},
-                                torch_threads());
+  return {symmetric_stack<T>(A),
+          p,
+          ridge,
+          kept,
+          stride(0),
+          stride(1),
+          stride(2),
+          root.mutable_data_ptr<T>(),
+          residual.mutable_data_ptr<T>(),
+          status.mutable_data_ptr<int8_t>()};
 }
 
-void inverse_root_eigh_(Tensor A, double p, double ridge, std::optional<double> rank_rtol,
-                        std::optional<Tensor> previous, Tensor root, Tensor residual,
-                        Tensor status) {
-  const char* op = "inverse_root_eigh_";
+void check_inverse_root(const char* op, const Tensor& A, double p, double ridge,
+                        const std::optional<Tensor>& previous, const Tensor& root,
+                        const Tensor& residual, const Tensor& status) {
   check_symmetric_stack(op, A);
   const int64_t blocks = A.size(0), n = A.size(1);
   auto check_like_A = [&](const char* name, const Tensor& t) {
@@ -229,11 +234,40 @@ void inverse_root_eigh_(Tensor A, double p, double ridge, std::optional<double> 
   if (previous.has_value()) check_like_A("previous", *previous);
   check_per_block("residual", residual, A.scalar_type());
   check_per_block("status", status, ScalarType::Char);
-  STD_TORCH_CHECK(p > 0 && ridge >= 0 && !(rank_rtol.value_or(0) < 0), op,
-                  ": p must be positive, ridge and rank_rtol must not be negative");
-  const auto run = A.scalar_type() == ScalarType::Float ? inverse_root_eigh_of<float>
-                                                        : inverse_root_eigh_of<double>;
-  run(A, p, ridge, rank_rtol.value_or(-1), previous, root, residual, status);
+  STD_TORCH_CHECK(p > 0 && ridge >= 0, op, ": p must be positive, ridge must not be negative");
+}
+
+void inverse_root_eigh_(Tensor A, double p, double ridge, std::optional<double> rank_rtol,
+                        std::optional<Tensor> previous, Tensor root, Tensor residual,
+                        Tensor status) {
+  const char* op = "inverse_root_eigh_";
+  check_inverse_root(op, A, p, ridge, previous, root, residual, status);
+  STD_TORCH_CHECK(!(rank_rtol.value_or(0) < 0), op, ": rank_rtol must not be negative");
+  auto run = [&]<class T>(T) {
+    shampoo::inverse_root_eigh<T>(inverse_root<T>(A, p, ridge, previous, root, residual, status),
+                                  rank_rtol.value_or(-1), torch_threads());
+  };
+  A.scalar_type() == ScalarType::Float ? run(float()) : run(double());
+}
+
+// steps: (count, 3) float32, the coefficients a, b, c of every step.
+void inverse_root_newton_(Tensor A, int64_t p, double ridge, Tensor steps,
+                          std::optional<Tensor> previous, Tensor root, Tensor residual,
+                          Tensor status) {
+  const char* op = "inverse_root_newton_";
+  check_inverse_root(op, A, double(p), ridge, previous, root, residual, status);
+  check_same_dtype(op, "A", A, ScalarType::Float);
+  check_cpu(op, "steps", steps, 2);
+  check_same_dtype(op, "steps", steps, ScalarType::Float);
+  check_size(op, "steps", steps, 1, 3);
+  STD_TORCH_CHECK(steps.is_contiguous() && steps.size(0) >= 1, op,
+                  ": steps must be contiguous and hold at least one");
+  STD_TORCH_CHECK(p <= 1 << 20, op, ": p must be at most ", 1 << 20, ", got ", p);
+  using Step = shampoo::NewtonSchedule::Step;
+  shampoo::inverse_root_newton(
+      inverse_root<float>(A, double(p), ridge, previous, root, residual, status),
+      {reinterpret_cast<const Step*>(steps.const_data_ptr<float>()), steps.size(0), uint32_t(p)},
+      torch_threads());
 }
 
 std::string compiler() {
@@ -267,6 +301,9 @@ STABLE_TORCH_LIBRARY(shampoo_kernels_native, m) {
   m.def(
       "inverse_root_eigh_(Tensor A, float p, float ridge, float? rank_rtol, Tensor? previous, "
       "Tensor(a!) root, Tensor(b!) residual, Tensor(c!) status) -> ()");
+  m.def(
+      "inverse_root_newton_(Tensor A, int p, float ridge, Tensor steps, Tensor? previous, "
+      "Tensor(a!) root, Tensor(b!) residual, Tensor(c!) status) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(shampoo_kernels_native, CPU, m) {
@@ -274,6 +311,7 @@ STABLE_TORCH_LIBRARY_IMPL(shampoo_kernels_native, CPU, m) {
   m.impl("product_", TORCH_BOX(&product_));
   m.impl("eigenvalue_bound", TORCH_BOX(&eigenvalue_bound));
   m.impl("inverse_root_eigh_", TORCH_BOX(&inverse_root_eigh_));
+  m.impl("inverse_root_newton_", TORCH_BOX(&inverse_root_newton_));
 }
 
 PYBIND11_MODULE(_C, m) {

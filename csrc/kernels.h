@@ -77,26 +77,41 @@ void eigenvalue_bound(const SymmetricStack<T>& stack, T* bound, const Parallel& 
 
 enum class RootStatus : int8_t { kConverged = 0, kKeptPrevious = 2, kFailed = 3 };
 
-// root[b] <- (A[b] + ridge * eigenvalue_bound(A[b]) I)^(-1/p), through one LAPACK eigensolver call
-// per block on one thread, so that a block's bits depend on that block alone.
+// root[b] <- (A[b] + ridge * eigenvalue_bound(A[b]) I)^(-1/p).
 template <class T>
-struct InverseRootEigh {
+struct InverseRoot {
   SymmetricStack<T> A;
-  double p;      // > 0
-  double ridge;  // >= 0
-  // >= 0: eigenvalues <= rank_rtol * the largest contribute nothing (pseudo-inverse root); < 0: off
-  double rank_rtol;
+  double p;           // > 0
+  double ridge;       // >= 0
   const T* previous;  // (blocks, n, n) or null: what a block that has no root keeps
   int64_t previous_block_stride, previous_row_stride, previous_column_stride;
   T* root;         // (blocks, n, n) contiguous; may be previous, may not overlap A
-  T* residual;     // (blocks,): 0, or Inf where there is no root
+  T* residual;     // (blocks,)
   int8_t* status;  // (blocks,): RootStatus
 };
 
-// Numbers never fail: see cpu/inverse_root.cpp for what a block without a root gets. Requires
-// has_lapack(); throws std::runtime_error otherwise.
+// Both: numbers never fail, see cpu/inverse_root.h for what a block without a root gets; a block's
+// bits depend on that block alone, whatever the threads.
+//
+// One LAPACK eigensolver call per block on one thread; residual 0, or Inf where there is no root.
+// rank_rtol >= 0: eigenvalues <= rank_rtol * the largest contribute nothing (pseudo-inverse root);
+// < 0: off. Requires has_lapack(); throws std::runtime_error otherwise.
 template <class T>
-void inverse_root_eigh(const InverseRootEigh<T>& problem, const Parallel& parallel);
+void inverse_root_eigh(const InverseRoot<T>& problem, double rank_rtol, const Parallel& parallel);
+
+// h(M) = a I + b M + c M^2 of every step, for eigenvalues of A / bound from a floor (which the
+// steps are made for) to 1.
+struct NewtonSchedule {
+  struct Step {
+    float a, b, c;
+  };
+  const Step* steps;
+  int64_t count;  // >= 1
+  uint32_t p;     // >= 1, equal to that of the problem
+};
+// By products alone; residual max |M - I|, see cpu/inverse_root_newton.cpp.
+void inverse_root_newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule,
+                         const Parallel& parallel);
 
 // Whether this process holds ssyevd_ and dsyevd_ (libtorch_cpu exports them where built with MKL).
 bool has_lapack();

@@ -40,6 +40,9 @@ class ProductPlan {
   void run(const ProductBlock<T>& block) const;
   // The same bits, with the tiles of the block shared out over the threads.
   void run_parallel(const ProductBlock<T>& block, const Parallel& parallel) const;
+  // Of a stack of blocks, how many (the first ones) to compute on a thread each; to share out the
+  // others fills the cores that they would leave idle. Both give the same bits.
+  int64_t whole_blocks(int64_t blocks, const Parallel& parallel) const;
   // block_of(b) for every b in [0, blocks), by one of the two.
   template <class BlockOf>
   void run_stack(int64_t blocks, const Parallel& parallel, const BlockOf& block_of) const;
@@ -57,25 +60,16 @@ class ProductPlan {
   int64_t slabs_each_ = 1, depth_each_ = 1, parts_ = 1;  // of a chunk; parts of one slab
   int64_t chunks_ = 0;
   int64_t left_size_, panels_size_;  // values of packed left, of packed left and right
+  double work_;                      // multiply-adds of a block
 };
 
 template <class T>
 template <class BlockOf>
 void ProductPlan<T>::run_stack(int64_t blocks, const Parallel& parallel,
                                const BlockOf& block_of) const {
-  // Multiply-adds of a block from which sharing it out over threads beats the barriers it needs,
-  // and of a piece of work below which a thread is not worth waking.
-  constexpr double kSharedWork = 4e6, kTaskWork = 1e5;
-  const double depth = double(shape_.slabs) * double(shape_.k) / (shape_.symmetric ? 2 : 1);
-  const double work = double(shape_.rows) * double(shape_.columns) * (depth + 4);
-
-  // One block per task needs no barrier; sharing a block out fills the cores that the last blocks
-  // would leave idle. Both give the same bits.
-  const int64_t left_over = blocks % parallel.workers;
-  const bool worth_sharing =
-      parallel.workers > 1 && work > kSharedWork && blocks < 8 * parallel.workers;
-  const int64_t whole = worth_sharing ? blocks - left_over : blocks;
-  const int64_t grain = int64_t(kTaskWork / work) + 1;
+  constexpr double kTaskWork = 1e5;  // multiply-adds below which a thread is not worth waking
+  const int64_t whole = whole_blocks(blocks, parallel);
+  const int64_t grain = int64_t(kTaskWork / work_) + 1;
   for_each(parallel, whole, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) run(block_of(b));
   });

@@ -69,6 +69,16 @@ ProductPlan<T>::ProductPlan(const ProductIsa& isa, const ProductShape& shape, co
   left_size_ = round_up(shape.rows, tile_.left_rows) / tile_.left_rows * tile_.left_width * steps;
   left_size_ = round_up(left_size_, 16);
   panels_size_ = round_up(left_size_ + round_up(shape.columns, tile_.right_rows) * steps, 16);
+  const double depth = double(slabs) * double(k) / (shape.symmetric ? 2 : 1);
+  work_ = double(shape.rows) * double(shape.columns) * (depth + 4);
+}
+
+template <class T>
+int64_t ProductPlan<T>::whole_blocks(int64_t blocks, const Parallel& parallel) const {
+  constexpr double kSharedWork = 4e6;  // multiply-adds from which it beats the barriers it needs
+  const bool worth_sharing =
+      parallel.workers > 1 && work_ > kSharedWork && blocks < 8 * parallel.workers;
+  return worth_sharing ? blocks - blocks % parallel.workers : blocks;
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <utility>
 
 namespace shampoo {
 
@@ -43,6 +44,26 @@ class Scratch {
 
   void* data_ = nullptr;
   size_t size_ = 0;
+};
+
+// Pieces of one scratch memory, each aligned.
+class Carve {
+ public:
+  // `bytes`: the sum of bytes<T>(count) over the pieces.
+  Carve(Scratch& scratch, int64_t bytes) : at_(static_cast<char*>(scratch.reserve(bytes))) {}
+
+  template <class T>
+  static int64_t bytes(int64_t count) {
+    constexpr int64_t unit = Scratch::kAlignment;
+    return (count * int64_t{sizeof(T)} + unit - 1) / unit * unit;
+  }
+  template <class T>
+  T* take(int64_t count) {
+    return reinterpret_cast<T*>(std::exchange(at_, at_ + bytes<T>(count)));
+  }
+
+ private:
+  char* at_;
 };
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {

@@ -2,6 +2,7 @@
 
 import enum
 import math
+import sys
 from fractions import Fraction
 from numbers import Real
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shampoo_kernels import native
 from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common, roots
 
@@ -61,8 +63,10 @@ def inverse_root(
         ridge: relative damping, >= 0.
         design_floor: smallest eigenvalue, relative to the bound, that the schedule of "newton" and
             "product" is made for; smaller ones saturate. Default: ridge, at least 1e-6 in float32.
-        method: "newton" (coupled M-form), "product" (product form), "eigh", or "auto": "eigh" on
-            the CPU and for a p that has no iteration, else by precision.
+        method: "newton" (coupled M-form), "product" (product form), "eigh", or "auto": "eigh" for
+            a p that has no iteration; on a CPU "newton" where it is as fast as "eigh" (float32, p
+            to 4, ridge >= 1e-6, native kernels), with "eigh" for blocks on which it does not
+            converge, else "eigh"; on a GPU by precision.
         precision: of float32 products on a GPU. "high" with "newton" needs a design_floor (by
             default the ridge) >= 1e-4, "medium" needs "product" and >= 1e-5. On any device
             "product" with p = 4 in float32 needs >= 1e-6.
@@ -124,10 +128,22 @@ def _empty_results(A: Tensor) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape[0]), A.new_empty(A.shape[0], dtype=torch.int8)
 
 
-def root_method(device: str, p: float, precision: str, floor: float) -> str:
-    """What "auto" stands for: a pure function of device type, p, precision and design floor."""
-    if device == "cpu" or not (p.is_integer() and p <= 64) or floor <= 0:
+# On a CPU the Newton iteration is at least as fast as LAPACK up to this n, by the instruction set of
+# the native product (float32, p to 4, two Zen 5 cores, 2026-11-25), and ten times as accurate.
+_NEWTON_LIMIT = {"avx512": sys.maxsize, "avx2": 128}
+
+
+def root_method(
+    device: str, isa: str | None, n: int, p: float, precision: str, ridge: float, floor: float
+) -> str:
+    """What "auto" stands for: a pure function of the device and, on a CPU, of the instruction set
+    of the native product (None: there is none for this dtype), of n, p, precision and damping."""
+    if not (p.is_integer() and p <= 64) or floor <= 0:
         return "eigh"
+    if device == "cpu":
+        # No eigenvalue lies below the floor, so that none saturates.
+        exact = p <= 4 and ridge >= floor >= 1e-6
+        return "newton" if exact and n <= _NEWTON_LIMIT.get(isa or "", 0) else "eigh"
     low = floor >= {"highest": math.inf, "high": 1e-6, "medium": 1e-5}[precision]
     return "product" if low and p in roots.PRODUCT_ROOTS else "newton"
 
@@ -198,42 +214,33 @@ def _implementation_(
     )  # fmt: skip
     common.check_apart(_OP, "out", root, A=A)
     floor = _floor(A, ridge, design_floor)
+    backend = choose(_OP, A.device.type, A.dtype)
+    retry = fallback == "eigh"
     if method == "auto":
-        method = (
-            "eigh" if rank_rtol is not None else root_method(A.device.type, p, precision, floor)
-        )
-    if method == "eigh":
-        native = choose(_OP, A.device.type, A.dtype) == "native"
-        by_eigh = torch.ops.shampoo_kernels_native.inverse_root_eigh_ if native else roots.by_eigh
-        dense = (
-            root
-            if root.is_contiguous()
-            else torch.empty_like(A, memory_format=torch.contiguous_format)
-        )
-        by_eigh(A, p, ridge, rank_rtol, previous, dense, residual, status)
-        if dense is not root:
-            root.copy_(dense)
-        return
-    kept = previous if fallback == "previous" else None
-    roots.by_iteration(method, A, int(p), ridge, floor, kept, root, residual, status)
-    if fallback == "eigh":
-        _fall_back(root, residual, status, A, p, ridge, previous)
+        method = "eigh"
+        if rank_rtol is None:
+            isa = native.lib.isa() if backend == "native" and A.dtype == torch.float32 else None
+            method = root_method(A.device.type, isa, A.shape[-1], p, precision, ridge, floor)
+        retry = retry or A.device.type == "cpu"
+    results = (root, residual, status)
+    roots.compute(method, backend, A, p, ridge, floor, rank_rtol, previous, *results)
+    if retry and method != "eigh":
+        _fall_back(*results, A, p, ridge, fallback)
 
 
 def _fall_back(
     root: Tensor, residual: Tensor, status: Tensor, A: Tensor, p: float, ridge: float,
-    previous: Tensor | None,
+    fallback: str,
 ) -> None:  # fmt: skip
-    """Compute the blocks that did not converge again, by eigh."""
+    """Compute the blocks that did not converge again, by eigh; where it fails too, keep them."""
     again = (status != RootStatus.CONVERGED).nonzero().squeeze(1)
     if again.numel() == 0:
         return
-    kept = None if previous is None else previous[again]
-    part = torch.ops.shampoo_kernels.inverse_root(
-        A[again], p, ridge=ridge, method="eigh", previous=kept
-    )
-    root[again], residual[again] = part[0], part[1]
-    status[again] = torch.where(part[2] == RootStatus.CONVERGED, RootStatus.FELL_BACK, part[2])
+    part = torch.ops.shampoo_kernels.inverse_root(A[again], p, ridge=ridge, method="eigh")
+    solved = part[2] == RootStatus.CONVERGED
+    again = again[solved]
+    root[again], residual[again] = part[0][solved], part[1][solved]
+    status[again] = RootStatus.FELL_BACK if fallback == "eigh" else RootStatus.CONVERGED
 
 
 def _implementation(A, p, **options) -> tuple[Tensor, Tensor, Tensor]:

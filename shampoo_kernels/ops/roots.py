@@ -1,7 +1,9 @@
-"""The torch implementations of `inverse_root`, and what they make of blocks that fail.
+"""The implementations of `inverse_root`, and what they make of blocks that fail.
 
 All write root (B, n, n), residual (B,) and status (B,) for A (B, n, n); `root` may be `previous`.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -14,6 +16,45 @@ PRODUCT_ROOTS = iterations.PRODUCT_ROOTS
 CONVERGED, KEPT_PREVIOUS, FAILED = 0, 2, 3  # inverse_root.RootStatus
 RESIDUAL_LIMIT = 0.05
 _CUSHIONS = tuple(i / 50 for i in range(15, 0, -1))
+
+
+def compute(
+    method: str,
+    backend: str,
+    A: Tensor,
+    p: float,
+    ridge: float,
+    floor: float,
+    rank_rtol: float | None,
+    previous: Tensor | None,
+    root: Tensor,
+    residual: Tensor,
+    status: Tensor,
+) -> None:
+    """One method on one backend; native are eigh, and newton in float32."""
+    rest = (previous, root, residual, status)
+    newton = method == "newton" and A.dtype == torch.float32
+    if backend == "native" and (newton or method == "eigh"):
+        if not root.is_contiguous():
+            root = torch.empty_like(A, memory_format=torch.contiguous_format)
+        native = torch.ops.shampoo_kernels_native
+        if newton:
+            steps = _native_steps(floor, int(p))
+            native.inverse_root_newton_(A, int(p), ridge, steps, previous, root, *rest[2:])
+        else:
+            native.inverse_root_eigh_(A, p, ridge, rank_rtol, previous, root, *rest[2:])
+        if root is not rest[1]:
+            rest[1].copy_(root)
+    elif method == "eigh":
+        by_eigh(A, p, ridge, rank_rtol, *rest)
+    else:
+        by_iteration(method, A, int(p), ridge, floor, *rest)
+
+
+@functools.lru_cache(maxsize=64)
+def _native_steps(floor: float, p: int) -> Tensor:
+    """(steps, 3) float32, a zero where the degree is 1."""
+    return torch.tensor([(*step, 0.0)[:3] for step in schedule(floor, p, torch.float32)])
 
 
 def by_iteration(

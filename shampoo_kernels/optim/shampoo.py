@@ -38,7 +38,7 @@ class Shampoo(torch.optim.Optimizer):
         refresh_every: the roots of a block are computed anew every so many steps; in each step
             those of every so many-th block are.
         start_step: the first step that is preconditioned; before it the graft alone is used.
-        root_method, precision: as in `inverse_root`; "auto" is "eigh" on a CPU.
+        root_method, precision: as in `inverse_root`; "auto" is the fastest.
         nesterov: look ahead by one gradient in the momentum.
         maximize: ascend.
         capturable: keep `step` on the device, as in torch.optim; for parameters on an accelerator.

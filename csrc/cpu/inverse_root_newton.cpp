@@ -1,0 +1,121 @@
+// Inverse p-th roots by products alone: the coupled Newton iteration (M-form) with a fixed schedule
+// of polynomials h(M) = a I + b M + c M^2 for spectra in [floor, 1]:
+//   M_0 = (A + ridge bound I) / ((1 + ridge) bound),  X_0 = I;   X <- X h(M),  M <- h(M)^p M.
+// M -> I and X -> M_0^(-1/p). All factors are polynomials of one matrix, so every product is
+// symmetric: half of it is computed and mirrored (float32 tolerates that, lower precision does not).
+//
+// A block has no root if its bound is not positive and finite, if max |M - I| of the last M (the
+// residual) is 0.05 or more, or if the result is not finite.
+#include <bit>
+#include <utility>
+
+#include "inverse_root.h"
+#include "product.h"
+#include "scratch.h"
+
+namespace shampoo {
+namespace {
+
+constexpr double kResidualLimit = 0.05;
+
+// Scratch of one block: n x n matrices, and 3 n doubles.
+struct Workspace {
+  float* matrices[5];
+  double* bound;
+
+  explicit Workspace(int64_t n) {
+    static thread_local Scratch scratch;
+    Carve carve(scratch, 5 * Carve::bytes<float>(n * n) + Carve::bytes<double>(3 * n));
+    for (float*& matrix : matrices) matrix = carve.take<float>(n * n);
+    bound = carve.take<double>(3 * n);
+  }
+};
+
+// max |M - I|; infinity where M is not finite.
+double distance_to_identity(const float* M, int64_t n) {
+  float largest = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const float distance = std::abs(M[i * n + j] - (i == j ? 1.0f : 0.0f));
+      finite &= std::isfinite(distance);
+      largest = std::max(largest, distance);
+    }
+  }
+  return finite ? double(largest) : std::numeric_limits<double>::infinity();
+}
+
+// The iteration on one block; `multiply` computes out <- a I + b base + c left right.
+template <class Multiply>
+void newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule, int64_t b,
+            const Multiply& multiply) {
+  const int64_t n = problem.A.n;
+  Workspace work(n);
+  float *M = work.matrices[0], *X = work.matrices[1], *h = work.matrices[2];
+  float *power = work.matrices[3], *spare = work.matrices[4];
+  const ScaledBlock<float> scaled(problem.A, b, spare, n, 1, work.bound);
+  if (!scaled.has_scale()) {
+    const double residual = n == 0 ? 0 : std::numeric_limits<double>::infinity();
+    return write_root(problem, scaled, b, X, n == 0, residual);
+  }
+  const double scale = (1 + problem.ridge) * scaled.bound;
+  multiply(M, nullptr, nullptr, spare, float(problem.ridge / (1 + problem.ridge)), float(1 / scale),
+           0.0f);
+
+  auto polynomial = [&](float* out, int64_t step, float factor) {
+    const NewtonSchedule::Step& s = schedule.steps[step];
+    multiply(out, M, M, M, factor * s.a, factor * s.b, factor * s.c);
+  };
+  auto product = [&](float*& to, const float* left, const float* right, float factor) {
+    multiply(spare, left, right, spare, 0.0f, 0.0f, factor);
+    std::swap(to, spare);
+  };
+  // What M_0 was divided by, taken back in the last product.
+  const double exponent = -1 / problem.p;
+  const auto unscale = float(std::pow(scale, exponent) * std::exp2(scaled.exponent * exponent));
+  const int64_t last = schedule.count - 1;
+  polynomial(X, 0, last == 0 ? unscale : 1.0f);
+  for (int64_t step = 1; step <= last; ++step) {
+    const float* before = step == 1 ? X : h;  // the polynomial of the step before
+    const float* raised = before;             // to the power p, bit by bit of p after the highest
+    for (uint32_t bit = std::bit_floor(schedule.p) / 2; bit > 0; bit /= 2) {
+      product(power, raised, raised, 1.0f);
+      if (schedule.p & bit) product(power, power, before, 1.0f);
+      raised = power;
+    }
+    product(M, raised, M, 1.0f);
+    polynomial(h, step, 1.0f);
+    product(X, X, h, step == last ? unscale : 1.0f);
+  }
+  const double residual = distance_to_identity(M, n);
+  const bool is_root = residual < kResidualLimit && all_finite(X, n, n, int64_t{1});
+  write_root(problem, scaled, b, X, is_root, residual);
+}
+
+}  // namespace
+
+void inverse_root_newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule,
+                         const Parallel& parallel) {
+  const int64_t n = problem.A.n;
+  // Columns of the right operand are rows, because it is symmetric.
+  const Operand left = {nullptr, DType::kFloat32, 0, 0, n, 1};
+  const Operand right = {nullptr, DType::kFloat32, 0, 0, 1, n};
+  const ProductShape symmetric = {n, n, 1, n, true, n, n};
+  const ProductPlan<float> plan(current_product_isa(), symmetric, left, right);
+  const int64_t whole = plan.whole_blocks(problem.A.blocks, parallel);
+  for_each(parallel, whole, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      newton(problem, schedule, b,
+             [&](float* out, const float* left, const float* right, const float* base, float a,
+                 float b, float c) { plan.run({out, base, left, right, b, c, a}); });
+    }
+  });
+  for (int64_t b = whole; b < problem.A.blocks; ++b) {
+    newton(
+        problem, schedule, b,
+        [&](float* out, const float* left, const float* right, const float* base, float a, float b,
+            float c) { plan.run_parallel({out, base, left, right, b, c, a}, parallel); });
+  }
+}
+
+}  // namespace shampoo
