@@ -4,6 +4,7 @@ All write root (B, n, n), residual (B,) and status (B,) for A (B, n, n); `root` 
 """
 
 import functools
+import itertools
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from shampoo_kernels.schedules import minimax_coefficients
 PRODUCT_ROOTS = iterations.PRODUCT_ROOTS
 CONVERGED, KEPT_PREVIOUS, FAILED = 0, 2, 3  # inverse_root.RootStatus
 RESIDUAL_LIMIT = 0.05
-_CUSHIONS = tuple(i / 50 for i in range(15, 0, -1))
+_CUSHIONS = tuple(i / 50 for i in range(16))
 
 
 def compute(
@@ -54,7 +55,7 @@ def compute(
 @functools.lru_cache(maxsize=64)
 def _native_steps(floor: float, p: int) -> Tensor:
     """(steps, 3) float32, a zero where the degree is 1."""
-    return torch.tensor([(*step, 0.0)[:3] for step in schedule(floor, p, torch.float32)])
+    return torch.tensor([(*step, 0.0)[:3] for step in schedule("newton", floor, p, torch.float32)])
 
 
 def by_iteration(
@@ -74,32 +75,39 @@ def by_iteration(
     scaled.diagonal(dim1=-2, dim2=-1).add_(ridge / (1 + ridge))
     scaled = _replace(scaled, ~usable)
     iterate = iterations.newton if method == "newton" else iterations.product
-    steps = schedule(floor, 2 if (method, p) == ("product", 1) else p, A.dtype)
+    steps = schedule(method, floor, 2 if (method, p) == ("product", 1) else p, A.dtype)
     X, distance = iterate(scaled, p, steps)
     X = X * _power(scale * (1 + ridge), -1 / p).view(-1, 1, 1)
     distance = torch.where(usable, distance, torch.inf)
     _finish(X, distance, bound, p, previous, root, residual, status)
 
 
-def schedule(floor: float, p: int, dtype: torch.dtype) -> tuple[tuple[float, ...], ...]:
-    """The minimax steps of degree 1 or 2, whichever takes fewer products in the M-form.
+@functools.lru_cache(maxsize=256)
+def schedule(
+    method: str, floor: float, p: int, dtype: torch.dtype
+) -> tuple[tuple[float, ...], ...]:
+    """The minimax steps that take the fewest products in the M-form, and of those the largest
+    cushion; for the M-form at least p/20 (0.2 from p = 4). A step more than needed can make the
+    product form with p = 4 diverge.
 
-    They run to rounding, so that the residual, that of the last step's input, is far below its
-    limit; and they have the largest cushion that costs no further step. float32 M-form, n = 128,
-    floor 1e-6, p = 2, condition 10: error 1.7e-6 with the cushion of 0.1, 4.3e-5 without.
+    s = cushion is M = cushion^p, all that is left to win a value back from. float32 M-form, floor
+    1e-6, condition 10: p = 2, n = 128, cushion 0.1: error 1.7e-6, none: 4.3e-5; p = 4, n = 33,
+    cushion 0.2: 1.6e-6, 0.14: 4.1e-6, none: 1.2e-4. The steps run to rounding, so that the
+    residual, that of the last step's input, is far below its limit.
     """
     tolerance = 1e-7 if dtype == torch.float32 else 1e-14
 
-    def products(steps: tuple[tuple[float, ...], ...]) -> int:
-        degree, power = len(steps[0]) - 1, p.bit_length() + p.bit_count() - 2
-        return len(steps) * (degree + 1 + power) - power - 2
+    def cost(choice: tuple[int, float]) -> tuple[int, float]:
+        degree, cushion = choice
+        power = p.bit_length() + p.bit_count() - 2
+        return len(make(*choice)) * (degree + 1 + power) - power - 2, -cushion
 
     def make(degree: int, cushion: float) -> tuple[tuple[float, ...], ...]:
         return minimax_coefficients(floor, p, degree, tolerance=tolerance, cushion=cushion)
 
-    shortest = min((make(degree, 0.0) for degree in (1, 2)), key=products)
-    cushioned = (make(len(shortest[0]) - 1, cushion) for cushion in _CUSHIONS)
-    return next((steps for steps in cushioned if len(steps) == len(shortest)), shortest)
+    least = min(p / 20, 0.2) if method == "newton" else 0.0
+    cushions = (c for c in _CUSHIONS if c >= least)
+    return make(*min(itertools.product((1, 2), cushions), key=cost))
 
 
 def by_eigh(
