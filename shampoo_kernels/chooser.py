@@ -30,10 +30,19 @@ class Served(NamedTuple):
 
 # The reference serves every op, device and dtype that no row names.
 TABLE = (
-    Row("gram_ema_", "cpu", "native", (torch.float32,), "triangular micro-kernel"),
-    Row("kronecker_power_step", "cpu", "native", (torch.float32,), "triangular micro-kernel"),
+    Row("gram_ema_", "cpu", "native", (torch.float32,), "symmetric product"),
+    Row("kronecker_power_step", "cpu", "native", (torch.float32,), "symmetric product"),
+    Row("precondition", "cpu", "native", (torch.float32,), "product"),
+    Row("orthogonal_iteration", "cpu", "native", (torch.float32,), "product; QR by torch"),
+    Row("orthogonalize", "cpu", "native", (torch.float32,), "symmetric and full products"),
     Row("eigenvalue_bound", "cpu", "native", (torch.float32, torch.float64), "one pass per block"),
-    Row("inverse_root", "cpu", "native", (torch.float32, torch.float64), "one LAPACK call a block"),
+    Row(
+        "inverse_root",
+        "cpu",
+        "native",
+        (torch.float32, torch.float64),
+        "products or one LAPACK call a block",
+    ),
 )
 OPS = (
     "gram_ema_",

@@ -36,5 +36,10 @@ def _load(facts: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
         return None, f"does not load: {message} ({built})"
 
 
+def isa() -> str | None:
+    """The instruction set of the native product, None without native kernels."""
+    return None if lib is None else lib.isa()
+
+
 facts = _read_facts()
 lib, why_not = _load(facts)

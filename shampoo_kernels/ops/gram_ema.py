@@ -5,6 +5,7 @@ from torch import Tensor
 
 from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common
+from shampoo_kernels.ops.product import product
 
 SIDES = ("left", "right")
 _OP = "gram_ema_"
@@ -87,7 +88,10 @@ def accumulate_(
     backend: str,
 ) -> None:
     """stat (B, m, m) <- beta*stat + alpha * sum_s G_s W G_sᵀ, grads (B, S, m, n), W (B, n, n)."""
-    left = grads if weight is None else torch.matmul(grads.to(stat.dtype), weight.unsqueeze(1))
+    left = grads
+    if weight is not None:
+        rows = product(grads.flatten(1, 2), weight, dtype=stat.dtype, backend=backend)
+        left = rows.view(*grads.shape[:3], weight.shape[-1])
     if backend == "native":
         inner = (
             stat

@@ -128,9 +128,11 @@ def _empty_results(A: Tensor) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape[0]), A.new_empty(A.shape[0], dtype=torch.int8)
 
 
-# On a CPU the Newton iteration is at least as fast as LAPACK up to this n, by the instruction set of
-# the native product (float32, p to 4, two Zen 5 cores, 2026-11-25), and ten times as accurate.
-_NEWTON_LIMIT = {"avx512": sys.maxsize, "avx2": 128}
+# On a CPU the Newton iteration is worth it up to this n, below and from a floor of 1e-5 on, by the
+# instruction set of the native product: ten times as accurate as LAPACK, and at n = 256 (AVX2: 128)
+# as fast. From 1e-5 it takes at most 21 products for p = 2: 0.8 of LAPACK's speed for many blocks of
+# 1024, but 1.5 times for one, which all cores share (float32, two Zen 5 cores, 2026-11-25).
+_NEWTON_LIMIT = {"avx512": (256, sys.maxsize), "avx2": (128, 128)}
 
 
 def root_method(
@@ -143,7 +145,8 @@ def root_method(
     if device == "cpu":
         # No eigenvalue lies below the floor, so that none saturates.
         exact = p <= 4 and ridge >= floor >= 1e-6
-        return "newton" if exact and n <= _NEWTON_LIMIT.get(isa or "", 0) else "eigh"
+        limit = _NEWTON_LIMIT.get(isa or "", (0, 0))[floor >= 1e-5]
+        return "newton" if exact and n <= limit else "eigh"
     low = floor >= {"highest": math.inf, "high": 1e-6, "medium": 1e-5}[precision]
     return "product" if low and p in roots.PRODUCT_ROOTS else "newton"
 
@@ -219,7 +222,7 @@ def _implementation_(
     if method == "auto":
         method = "eigh"
         if rank_rtol is None:
-            isa = native.lib.isa() if backend == "native" and A.dtype == torch.float32 else None
+            isa = native.isa() if backend == "native" and A.dtype == torch.float32 else None
             method = root_method(A.device.type, isa, A.shape[-1], p, precision, ridge, floor)
         retry = retry or A.device.type == "cpu"
     results = (root, residual, status)

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common
+from shampoo_kernels.ops.product import product
 
 _OP = "orthogonal_iteration"
 
@@ -41,29 +43,31 @@ def orthogonal_iteration(A: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, 
     return eigenvalues.reshape(A.shape[:-1]), new.reshape(A.shape)
 
 
-def orthogonal_iteration_ref(A: Tensor, Q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """(B, n, n), (B, n, n) -> (B, n), (B, n, n) by torch."""
+def _iterate(A: Tensor, Q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """(B, n, n), (B, n, n) -> (B, n), (B, n, n)."""
     if A.numel() == 0:
         return A.new_empty(A.shape[:-1]), Q.clone()
+    backend = choose(_OP, A.device.type, A.dtype)
     lift = max(1e-8, min(64 * A.shape[-1] * torch.finfo(A.dtype).eps, 0.125))
-    Z = A @ Q
+    Z = product(A, Q, backend=backend)
     for _ in range(steps):
-        estimates = (Q * Z).sum(-2, keepdim=True)  # (B, 1, n)
-        Q = _orthonormal(Z + lift * estimates.abs().amax(-1, keepdim=True) * Q, Q)
-        Z = A @ Q
-    eigenvalues = (Q * Z).sum(-2)
+        largest = torch.linalg.vecdot(Q, Z, dim=-2).abs().amax(-1)[:, None, None]
+        Q = _orthonormal_(Z.addcmul_(largest, Q, value=lift), Q)
+        Z = product(A, Q, out=Z, backend=backend)
+    eigenvalues = torch.linalg.vecdot(Q, Z, dim=-2)
     finite = Z.isfinite().flatten(1).all(1) & eigenvalues.isfinite().all(1)
     return torch.where(finite[:, None], eigenvalues, torch.nan), Q
 
 
-def _orthonormal(Z: Tensor, Q: Tensor) -> Tensor:
-    """The Q factor of every Z with diag(R) >= 0; Q where Z is zero or not finite."""
-    size = Z.abs().amax((-2, -1), keepdim=True)
+def _orthonormal_(Z: Tensor, Q: Tensor) -> Tensor:
+    """The Q factor of every Z with diag(R) >= 0; Q where Z is zero or not finite. Z is used up."""
+    size = torch.linalg.vector_norm(Z, torch.inf, dim=(-2, -1), keepdim=True)
     usable = (size > 0) & size.isfinite()
     # Scaled, so that no norm of a column overflows; LAPACK never sees a number that is not finite.
-    new, R = torch.linalg.qr(torch.where(usable, Z / torch.where(usable, size, 1.0), 0.0))
-    negative = R.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) < 0
-    return torch.where(usable, torch.where(negative, -new, new), Q)
+    Z.div_(torch.where(usable, size, 1.0)).masked_fill_(~usable, 0.0)
+    new, R = torch.linalg.qr(Z)
+    new.mul_(torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2))
+    return torch.where(usable, new, Q)
 
 
 def _check(A: Tensor, Q: Tensor, steps: int) -> None:
@@ -78,7 +82,7 @@ def _check(A: Tensor, Q: Tensor, steps: int) -> None:
 
 def _implementation(A: Tensor, Q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     _check(A, Q, steps)
-    eigenvalues, new = orthogonal_iteration_ref(A, Q, steps)
+    eigenvalues, new = _iterate(A, Q, steps)
     return eigenvalues, new.contiguous()
 
 

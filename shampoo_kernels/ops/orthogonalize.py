@@ -6,7 +6,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common
+from shampoo_kernels.ops.product import product
 from shampoo_kernels.schedules import minimax_coefficients
 
 _OP = "orthogonalize"
@@ -79,13 +81,14 @@ def _flatten(steps: int | None, coefficients: Sequence | None) -> list[float] | 
     return [float(c) for triple in triples for c in triple]
 
 
-def orthogonalize_ref(G: Tensor, coefficients: list[float] | None) -> Tensor:
-    """(B, m, n) -> (B, m, n) in float32 or float64, by torch."""
+def _orthogonalize(G: Tensor, coefficients: list[float] | None) -> Tensor:
+    """(B, m, n) -> (B, m, n) in float32 or float64."""
     tall = G.shape[-2] > G.shape[-1]
     X = (G.mT if tall else G).to(torch.float64 if G.dtype == torch.float64 else torch.float32)
     scale = X.abs().amax((-2, -1), keepdim=True)
     X = X / torch.where(scale > 0, scale, 1.0)
-    S = X @ X.mT
+    backend = choose(_OP, X.device.type, X.dtype)
+    S = product(X, X.mT, symmetric=True, backend=backend)
     if coefficients is None:
         factor = torch.ops.shampoo_kernels.eigenvalue_bound(S)[:, None, None].rsqrt()
         factor = torch.where(scale > 0, factor, scale)  # NaN stays NaN
@@ -97,9 +100,9 @@ def orthogonalize_ref(G: Tensor, coefficients: list[float] | None) -> Tensor:
     X, S = X * factor, S * factor**2
     for k, (a, b, c) in enumerate(steps):
         if k > 0:
-            S = torch.bmm(X, X.mT)
-        W = torch.baddbmm(S, S, S, beta=b, alpha=c)
-        X = torch.baddbmm(X, W, X, beta=a)
+            S = product(X, X.mT, symmetric=True, backend=backend)
+        W = product(S, S, S, b=b, c=c, symmetric=True, backend=backend)
+        X = product(W, X, X, b=a, backend=backend)
     return X.mT if tall else X
 
 
@@ -126,7 +129,7 @@ def _implementation(G, coefficients=None, *, precision="highest") -> Tensor:
     _check(G, coefficients, precision=precision)
     if G.numel() == 0:
         return G.new_empty(G.shape)
-    return orthogonalize_ref(G, coefficients).to(G.dtype).contiguous()
+    return _orthogonalize(G, coefficients).to(G.dtype).contiguous()
 
 
 def _fake(G, coefficients=None, *, precision="highest") -> Tensor:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common
+from shampoo_kernels.ops.product import product
 
 _OP = "precondition"
 
@@ -56,21 +58,18 @@ def precondition(
     return out, norm.reshape(grad.shape[:-2])
 
 
-def precondition_ref_(
-    out: Tensor, grad: Tensor, left: Tensor | None, right: Tensor | None
-) -> Tensor:
-    """out (B, m, n) <- left (B, m, m) @ grad (B, m, n) @ right (B, n, n); returns (B,), by torch.
+def _precondition_(out: Tensor, grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """out (B, m, n) <- left (B, m, m) @ grad (B, m, n) @ right (B, n, n); returns (B,).
 
     Both orders of the two products cost the same, m*n*(m + n).
     """
-    left, right = (None if x is None else x.to(out.dtype) for x in (left, right))
-    grad = grad.to(out.dtype)
+    backend = choose(_OP, out.device.type, out.dtype)
     if left is not None and right is not None:
-        grad = left @ grad
+        grad = product(left, grad, dtype=out.dtype, backend=backend)
     if right is not None:
-        torch.matmul(grad, right, out=out)
+        product(grad, right, out=out, backend=backend)
     elif left is not None:
-        torch.matmul(left, grad, out=out)
+        product(left, grad, out=out, backend=backend)
     else:
         out.copy_(grad)
     # One float32 sum over a million squares is off by 2e-5 on a CPU; sums of rows are not.
@@ -111,13 +110,13 @@ def _check_out(out, grad, left, right, *, precision="highest") -> None:
 def _implementation_(out, grad, left, right, *, precision="highest") -> Tensor:
     _check_out(out, grad, left, right, precision=precision)
     common.check_apart(_OP, "out", out, grad=grad, left=left, right=right)
-    return precondition_ref_(out, grad, left, right)
+    return _precondition_(out, grad, left, right)
 
 
 def _implementation(grad, left, right, *, precision="highest") -> tuple[Tensor, Tensor]:
     _check(grad, left, right, precision=precision)
     out = grad.new_empty(grad.shape, dtype=_dtype(grad))
-    return out, precondition_ref_(out, grad, left, right)
+    return out, _precondition_(out, grad, left, right)
 
 
 def _fake_(out, grad, left, right, *, precision="highest") -> Tensor:
