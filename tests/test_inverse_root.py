@@ -325,6 +325,38 @@ def test_auto_is_a_pure_function(expected, device, isa, n, p, precision, ridge, 
     assert root_method(device, isa, n, p, precision, ridge, floor) == expected
 
 
+@pytest.mark.parametrize("method", ["eigh", "newton"])
+def test_a_root_that_vanishes_is_none(backend, method):
+    A = torch.stack([1e30 * torch.eye(2), torch.eye(2)])
+    result = inverse_root(A, 0.1 if method == "eigh" else 1, ridge=1e-3, method=method)
+    expected = RootStatus.FAILED if method == "eigh" else RootStatus.CONVERGED
+    assert result.status.tolist() == [expected, RootStatus.CONVERGED]
+    assert (result.root.diagonal(dim1=-2, dim2=-1) > 0).all()
+    if method == "eigh":  # 1e30^-10
+        assert torch.equal(result.root[0], torch.eye(2))
+
+
+def test_the_largest_numbers_have_roots(backend):
+    A = 3.2e38 * torch.eye(3)
+    for method in ("newton", "eigh"):
+        result = inverse_root(A, 2, ridge=0.1, method=method)
+        assert result.status == RootStatus.CONVERGED
+        assert relative(result.root, truth(A, 2, 0.1)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["newton", "product"])
+def test_previous_survives_out_and_fallback(backend, method):
+    A = torch.eye(4).repeat(2, 1, 1)
+    A[1, 0, 0] = math.nan
+    previous = 7 * torch.eye(4).repeat(2, 1, 1)
+    options = {"method": method, "fallback": "eigh", "ridge": 1e-4}
+    apart = inverse_root(A, 2, previous=previous.clone(), **options)
+    same = inverse_root(A, 2, previous=previous, out=previous, **options)
+    assert torch.equal(same.root, apart.root)
+    assert same.status.tolist() == apart.status.tolist() == [0, RootStatus.KEPT_PREVIOUS]
+    assert torch.equal(same.root[1], 7 * torch.eye(4))
+
+
 @pytest.mark.parametrize("n", [5, 40])
 def test_auto_leaves_no_block_to_chance(n):
     """On a CPU: what the iteration does not converge on, eigh takes."""

@@ -92,6 +92,14 @@ RootStatus fall_back(const InverseRoot<T>& problem, const ScaledBlock<T>& scaled
   return RootStatus::kFailed;
 }
 
+// A root that has neither overflowed nor vanished.
+template <class T>
+bool is_number(const T* root, int64_t n) {
+  bool nonzero = n == 0;
+  for (int64_t i = 0; i < n; ++i) nonzero |= root[i * n + i] != T{0};
+  return nonzero && all_finite(root, n, n, int64_t{1});
+}
+
 // root[b], residual[b] and status[b] of a block: `root` where it is one, else what is left for it.
 template <class T>
 void write_root(const InverseRoot<T>& problem, const ScaledBlock<T>& scaled, int64_t b,

@@ -5,8 +5,8 @@
 // u the unit roundoff. U^T U is a symmetric product: half of it is computed and mirrored.
 //
 // A block has no root if its lower triangle holds NaN or Inf, if bound <= 0, if its smallest
-// eigenvalue is below -(max(ridge, rank_rtol) + 16 u) bound, if LAPACK fails, or if the result is
-// not finite.
+// eigenvalue is below -(max(ridge, rank_rtol) + 16 u) bound, if LAPACK fails, or if the result
+// overflows or vanishes.
 #include <stdexcept>
 #include <utility>
 
@@ -69,7 +69,7 @@ bool compute_root(const InverseRoot<T>& problem, double rank_rtol, const Product
     for (int64_t i = 0; i < n; ++i) work.vectors[k * n + i] *= factor;  // row k of V^T
   }
   plan.run({work.root, work.root, work.vectors, work.vectors, T{0}, T{1}, T{0}});
-  return all_finite(work.root, n, n, int64_t{1});
+  return is_number(work.root, n);
 }
 
 }  // namespace

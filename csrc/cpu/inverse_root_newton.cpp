@@ -5,7 +5,7 @@
 // symmetric: half of it is computed and mirrored (float32 tolerates that, lower precision does not).
 //
 // A block has no root if its bound is not positive and finite, if max |M - I| of the last M (the
-// residual) is 0.05 or more, or if the result is not finite.
+// residual) is 0.05 or more, or if the result overflows or vanishes.
 #include <bit>
 #include <utility>
 
@@ -88,7 +88,7 @@ void newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule, i
     product(X, X, h, step == last ? unscale : 1.0f);
   }
   const double residual = distance_to_identity(M, n);
-  const bool is_root = residual < kResidualLimit && all_finite(X, n, n, int64_t{1});
+  const bool is_root = residual < kResidualLimit && is_number(X, n);
   write_root(problem, scaled, b, X, is_root, residual);
 }
 

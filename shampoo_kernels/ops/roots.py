@@ -71,13 +71,13 @@ def by_iteration(
 ) -> None:
     """ "newton" or "product" on (A + ridge*bound*I) / ((1 + ridge)*bound), never synchronising."""
     bound, usable, scale = _bound(A)
-    scaled = mirror_lower(A) / (scale * (1 + ridge)).view(-1, 1, 1)
+    scaled = mirror_lower(A) / scale.view(-1, 1, 1) / (1 + ridge)
     scaled.diagonal(dim1=-2, dim2=-1).add_(ridge / (1 + ridge))
     scaled = _replace(scaled, ~usable)
     iterate = iterations.newton if method == "newton" else iterations.product
     steps = schedule(method, floor, 2 if (method, p) == ("product", 1) else p, A.dtype)
     X, distance = iterate(scaled, p, steps)
-    X = X * _power(scale * (1 + ridge), -1 / p).view(-1, 1, 1)
+    X = X * (_power(scale, -1 / p) * (1 + ridge) ** (-1 / p)).view(-1, 1, 1)
     distance = torch.where(usable, distance, torch.inf)
     _finish(X, distance, bound, p, previous, root, residual, status)
 
@@ -178,18 +178,28 @@ def _finish(
     status: Tensor,
 ) -> None:
     """Write X where it is good, else `previous`, else bound^(-1/p)*I, else I."""
-    good = (distance < RESIDUAL_LIMIT) & _finite(X)
+    finite = _finite(X)
+    good = (distance < RESIDUAL_LIMIT) & finite & _nonzero(X)
     value = _power(bound, -1 / p)
-    value = torch.where((bound > 0) & bound.isfinite() & value.isfinite(), value, 1)
+    usable = (bound > 0) & bound.isfinite() & value.isfinite() & (value > 0)
+    value = torch.where(usable, value, 1)
     eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     other, kept = value.view(-1, 1, 1) * eye, torch.zeros_like(good)
     if previous is not None:
         kept = _finite(previous)
         other = torch.where(kept.view(-1, 1, 1), previous, other)
     root.copy_(torch.where(good.view(-1, 1, 1), X, other))
-    residual.copy_(torch.where(_finite(X), distance, torch.inf))
+    residual.copy_(torch.where(finite, distance, torch.inf))
     status.copy_(torch.where(good, CONVERGED, torch.where(kept, KEPT_PREVIOUS, FAILED)))
 
 
 def _finite(A: Tensor) -> Tensor:
     return A.isfinite().flatten(1).all(1)
+
+
+def _nonzero(A: Tensor) -> Tensor:
+    """Has the root not vanished below the smallest number?"""
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
+    return (
+        (diagonal != 0).any(1) if A.shape[-1] else diagonal.new_ones(A.shape[0], dtype=torch.bool)
+    )
