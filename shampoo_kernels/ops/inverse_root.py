@@ -131,7 +131,7 @@ def _empty_results(A: Tensor) -> tuple[Tensor, Tensor]:
 # On a CPU the Newton iteration is worth it up to this n, below and from a floor of 1e-5 on, by the
 # instruction set of the native product: it is ten times as accurate as LAPACK, and as fast at
 # n = 256 (AVX2: 128). From 1e-5 on it takes at most 21 products for p = 2: 0.8 of LAPACK's speed
-# for many blocks of 1024, but 1.5 times for one, which all cores share (two Zen 5 cores, 2026-11-25).
+# for many blocks of 1024, but 1.5 times for one, which both cores share (two Zen 5, 2026-11-25).
 _NEWTON_LIMIT = {"avx512": (256, sys.maxsize), "avx2": (128, 128)}
 
 
