@@ -181,7 +181,7 @@ def test_it_learns_a_badly_scaled_least_squares_problem_faster_than_adamw():
     for name, make in (("adamw", torch.optim.AdamW), ("shampoo", Shampoo)):
         W = nn.Parameter(torch.zeros(16, 8))
         optimizer = make([W], lr=0.1, betas=(0.9, 0.95), weight_decay=0)
-        for _ in range(200):
+        for _ in range(101):  # later the steps of a constant rate dominate, and the loss is noise
             optimizer.zero_grad()
             loss = (X @ W - Y).square().mean()
             loss.backward()
