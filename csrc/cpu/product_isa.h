@@ -28,7 +28,7 @@ struct ProductTile {
   int left_block;
 
   // Packs rows [begin, end) of the chunk's n rows; begin is a multiple of the panel's rows, rows
-  // from n on are zeros. Indexed by DType; null: not taken.
+  // from n on are anything. Indexed by DType; null: not taken.
   using Pack = void (*)(const ProductChunk& chunk, int64_t n, int64_t begin, int64_t end,
                         T* panels);
   Pack pack_left[4], pack_right[4];

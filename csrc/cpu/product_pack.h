@@ -19,6 +19,8 @@ struct Numbers {
   static SHAMPOO_INLINE T one(const S* x, int64_t, int64_t) {
     if constexpr (sizeof(S) == sizeof(T)) {
       return *x;
+    } else if constexpr (std::is_same_v<S, BFloat16>) {
+      return bits<float>(uint32_t{x->bits} << 16);
     } else {
       S lanes[W] = {*x};
       return Convert<T, W, S>::from(lanes)[0];
@@ -89,12 +91,15 @@ int64_t pack_along_k(const typename Reader::Source* source, const ProductChunk& 
   return begin;
 }
 
-// n is contiguous: a copy by whole vectors, for which kWidth rows must exist. Returns where it
-// stopped.
+// n is contiguous: a copy by whole vectors. Where there are fewer than kWidth rows they also read
+// what follows in memory, but never beyond the last element of the chunk; whatever comes into the
+// lanes of rows that do not exist, no sum of them is stored. Returns where it stopped.
 template <class T, int W, int R, class Reader>
 int64_t pack_along_n(const typename Reader::Source* source, const ProductChunk& chunk,
-                     int64_t begin, int64_t end, T* panel) {
+                     int64_t rows, int64_t begin, int64_t end, T* panel) {
+  const int64_t beyond = rows < kWidth<W, R> ? kWidth<W, R> - rows : 0;
   for (; (begin + 1) * Reader::kPerStep <= chunk.depth && begin < end; ++begin) {
+    if (beyond > (chunk.depth - (begin + 1) * Reader::kPerStep) * chunk.k_stride) break;
     const auto* x = source + begin * Reader::kPerStep * chunk.k_stride;
 #pragma GCC unroll 2
     for (int group = 0; group < R; group += W) {
@@ -125,8 +130,8 @@ void pack(const ProductChunk& chunk, int64_t n, int64_t row_begin, int64_t row_e
           done = rows == R
                      ? pack_along_k<T, W, R, Reader, true>(source, chunk, rows, begin, end, panel)
                      : pack_along_k<T, W, R, Reader, false>(source, chunk, rows, begin, end, panel);
-        } else if (chunk.row_stride == 1 && n - row >= kWidth<W, R>) {
-          done = pack_along_n<T, W, R, Reader>(source, chunk, begin, end, panel);
+        } else if (chunk.row_stride == 1) {
+          done = pack_along_n<T, W, R, Reader>(source, chunk, n - row, begin, end, panel);
         }
         pack_values<T, W, R, Reader>(source, chunk, rows, done, end, panel);
       }
