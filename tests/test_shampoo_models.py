@@ -16,7 +16,7 @@ def test_convolutions_in_any_memory_format():
         optimizer = Shampoo([W], block_size=5, start_step=1)
         train(optimizer, [(W, gradients((6, 4, 3, 3), 4))])
         assert W.is_contiguous(memory_format=memory_format)
-        assert optimizer.state[W]["left.0"].shape == (5, 5)
+        assert optimizer.state[W]["left.0"].shape == (3, 3)
         assert optimizer.state[W]["exp_avg"].shape == W.shape
         results.append(W.detach().contiguous())
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
@@ -51,6 +51,17 @@ def test_low_precision_weights_are_rounded_once_from_float32(dtype):
     train(Shampoo([V], start_step=1), [(V, [g.float() for g in grads])])
     assert torch.equal(W, V.to(dtype))
     assert {v.dtype for v in optimizer.state[W].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("shapes", [[(6, 4)], [(6, 4), (3,)], [(6, 4), (6, 4)]], ids=str)
+def test_a_compiled_step_is_the_step(shapes):
+    ours, theirs = parameters(*shapes), parameters(*shapes)
+    pairs = [[(p, gradients(p.shape, 4, torch.float32)) for p in own] for own in (ours, theirs)]
+    train(Shampoo(ours), pairs[0])
+    optimizer = Shampoo(theirs)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    train(optimizer, pairs[1])
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0,), (), (1,), (1, 1), (2, 1, 3)])
