@@ -6,6 +6,7 @@ from torch import nn
 from training import gradients, parameters, train
 
 from shampoo_kernels import Shampoo
+from shampoo_kernels.optim import factors
 
 
 def test_convolutions_in_any_memory_format():
@@ -51,6 +52,46 @@ def test_low_precision_weights_are_rounded_once_from_float32(dtype):
     train(Shampoo([V], start_step=1), [(V, [g.float() for g in grads])])
     assert torch.equal(W, V.to(dtype))
     assert {v.dtype for v in optimizer.state[W].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_read_16_bit_gradients_as_they_are(monkeypatch, dtype):
+    """Products are exact and sums float32, so that L is that of float32 gradients to rounding."""
+    seen, real = [], factors.gram_ema_
+    monkeypatch.setattr(
+        factors, "gram_ema_", lambda stat, grad, *a, **k: seen.append(grad.dtype) or real(
+            stat, grad, *a, **k)
+    )  # fmt: skip
+    W, V = parameters((64, 48), dtype=dtype)[0], parameters((64, 48))[0]
+    grads = gradients((64, 48), 3, dtype)
+    optimizer = Shampoo([W, V])
+    train(optimizer, [(W, grads), (V, [g.float() for g in grads])])
+    assert set(seen) == {dtype, torch.float32}
+    for name in ("left.0", "right.0"):
+        a, b = (optimizer.state[p][name] for p in (W, V))
+        # at most 64 sums in each of 3 steps, each rounded to 2^-24
+        torch.testing.assert_close(a, b, rtol=0, atol=3 * 64 * 2**-24 * b.diagonal().max().item())
+
+
+def test_a_parameter_is_trained_alike_among_those_of_other_dtypes():
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    alone, among = ([parameters((6, 4), dtype=d)[0] for d in dtypes] for _ in range(2))
+    grads = [gradients((6, 4), 4, d) for d in dtypes]
+    for parameter, own in zip(alone, grads, strict=True):
+        train(Shampoo([parameter], refresh_every=1), [(parameter, own)])
+    train(Shampoo(among, refresh_every=1), list(zip(among, grads, strict=True)))
+    for a, b in zip(alone, among, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_of_another_dtype():
+    W, V = parameters((6, 4), dtype=torch.bfloat16)[0], parameters((6, 4), dtype=torch.bfloat16)[0]
+    W.grad_dtype = None
+    grads = gradients((6, 4), 3, torch.bfloat16)
+    train(Shampoo([W]), [(W, [grads[0], grads[1].float(), grads[2].double()])])
+    train(Shampoo([V]), [(V, grads)])
+    # up to one rounding of the weights a step
+    torch.testing.assert_close(W, V, rtol=3 * 2**-8, atol=0)
 
 
 @pytest.mark.parametrize("shapes", [[(6, 4)], [(6, 4), (3,)], [(6, 4), (6, 4)]], ids=str)

@@ -1,6 +1,7 @@
 """When the roots of a block are computed, and what stands in before."""
 
 import contextlib
+import dataclasses
 import math
 
 import pytest
@@ -58,6 +59,26 @@ def test_without_a_root_a_block_takes_the_graft_alone(monkeypatch):
     assert not optimizer.state[own[0]]["left_root.0"].any()
     for a, b in zip(own, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+def test_what_is_due_on_an_accelerator_is_known_without_looking(monkeypatch):
+    """There a stack of 6 blocks, of one parameter each, has the device of its tensors alone."""
+    own = parameters(*[(6, 4)] * 6)
+    optimizer = Shampoo(own)
+    train(optimizer, [(p, gradients((6, 4), 1, torch.float32)) for p in own])
+    stack = dataclasses.replace(optimizer._plans[0].stacks[0], device=torch.device("cuda"))
+    monkeypatch.setattr(factors, "waiting", lambda stack: pytest.fail("looked"))
+    group = {"refresh_every": 3, "start_step": 5}
+    for steps, position, expected in (
+        ([4] * 6, 0, []),
+        ([5] * 6, 0, [0, 1, 2, 3, 4, 5]),
+        ([6] * 6, 0, [0, 3]),
+        ([6] * 6, 1, [2, 5]),
+        ([7, 7, 7, 5, 7, 2], 0, [1, 3, 4]),  # a late one starts, another has not
+        ([7, 8, 9, 7, 8, 9], 0, []),  # turns go by a parameter's own steps
+        ([6, 7, 8, 6, 7, 8], 0, [0, 1, 2, 3, 4, 5]),
+    ):
+        assert list(update._due(stack, steps, group, position)) == expected, (steps, position)
 
 
 def test_layers_behind_a_head_of_zeros_get_roots_in_the_second_step():

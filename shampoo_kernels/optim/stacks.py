@@ -20,6 +20,8 @@ PART_BYTES = 64 << 20
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+HALVES = (torch.bfloat16, torch.float16)
+
 Matrices = Sequence[Tensor] | Mapping[int, Tensor]  # by parameter
 
 
@@ -89,13 +91,13 @@ class Stack:
         ]  # fmt: skip
 
     def pack(self, matrices: Matrices) -> Tensor:
-        """The blocks as one tensor (B, m, n) in the state's dtype.
+        """The blocks as one tensor (B, m, n): in the state's dtype, but 16-bit ones as they are.
 
         One block of the right dtype is a view of its matrix, not a copy.
         """
         pieces = self.pieces(matrices)
         packed = pieces[0].unsqueeze(0) if len(pieces) == 1 else torch.stack(pieces)
-        return packed.to(self.dtype)
+        return packed if packed.dtype in HALVES else packed.to(self.dtype)
 
     def unpack_(self, matrices: Matrices, packed: Tensor) -> None:
         """Write (B, m, n) back into the blocks, rounding to their dtype."""
@@ -105,9 +107,9 @@ class Stack:
         torch._foreach_copy_(pieces, packed.unbind())
 
 
-def state_dtype(parameter: Tensor) -> torch.dtype:
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 parameters, float32 for all others."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cut_parameter(parameter: Tensor, group: dict) -> Cut:
@@ -123,7 +125,8 @@ def build(parameters: Sequence[Tensor], states: Sequence[dict], group: dict) -> 
     for parameter, state in zip(parameters, states, strict=True):
         _start_state(state, parameter, group["capturable"])
     cuts = [cut_parameter(parameter, group) for parameter in parameters]
-    places = [(state_dtype(parameter), parameter.device) for parameter in parameters]
+    # one dtype a stack, so that a gradient meets the same Gram kernel in whatever company
+    places = [(parameter.dtype, parameter.device) for parameter in parameters]
     stacks = []
     for key, blocks in stack_blocks(cuts, places).items():
         stack = _empty_stack(key, blocks, group["root_dtype"])
@@ -143,7 +146,7 @@ def _start_state(state: dict, parameter: Tensor, capturable: bool) -> None:
     step = state.get("step", torch.zeros(()))
     state["step"] = step.to(step_device, torch.float32)
     for name in MOMENTS:
-        dtype = state_dtype(parameter)
+        dtype = state_dtype(parameter.dtype)
         moment = state.get(name)
         if moment is None:
             moment = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
@@ -152,7 +155,7 @@ def _start_state(state: dict, parameter: Tensor, capturable: bool) -> None:
 
 def _empty_stack(key: StackKey, blocks: list[Block], root_dtype: torch.dtype | None) -> Stack:
     """No step, no statistics, no roots: all zero."""
-    dtype, device = key.rest
+    dtype, device = state_dtype(key.rest[0]), key.rest[1]
     count = len(blocks)
     stack = Stack(key, blocks, dtype, device, torch.zeros(count, dtype=dtype, device=device))
     for side in key.sides:

@@ -34,6 +34,7 @@ def step_(stack: Stack, inputs: Inputs, group: dict, position: int) -> None:
         grad, moves = _look(part.pack(inputs.grads), group["maximize"])
         part.steps.add_(moves)
         factors.update_statistics_(part, grad, moves, group["shampoo_beta"], group["precision"])
+        grad = grad.to(part.dtype)
         averages = part.pack(inputs.exp_avgs), part.pack(inputs.exp_avg_sqs)
         moments.update_(*averages, grad, moves, group["betas"])
         part.unpack_(inputs.exp_avgs, averages[0])
@@ -49,9 +50,10 @@ def _look(grad: Tensor, maximize: bool) -> tuple[Tensor, Tensor]:
 
     Those become zero, because 0 * NaN is not 0. Squares enter the moments, so that they count too.
     """
-    finite = block_norms(grad).square() < math.inf
+    norms = block_norms(grad)
+    finite = norms.square() < math.inf
     grad = torch.where(per_block(finite), grad, 0)
-    return grad.neg_() if maximize else grad, finite.to(grad.dtype)
+    return grad.neg_() if maximize else grad, finite.to(norms.dtype)
 
 
 def _due(part: Stack, steps: list[int], group: dict, position: int) -> Sequence[int]:
@@ -116,7 +118,7 @@ def _apply_(
     """W <- (1 - lr * weight_decay) W - lr * scale * U, for the blocks that move."""
     lr = group["lr"]
     rate = (lr.reshape(()) if isinstance(lr, Tensor) else lr) * moves
-    packed = part.pack(weights)
+    packed = part.pack(weights).to(part.dtype)
     if group["weight_decay"]:
         packed.mul_(per_block(1 - rate * group["weight_decay"]))
     packed.addcmul_(update, per_block(-rate * scale))
