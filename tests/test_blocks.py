@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shampoo_kernels.optim.blocks import cut, matrix_shape, stack_blocks
@@ -62,17 +62,31 @@ def test_factored_sides_are_at_most_a_block_long_and_others_are_whole(
         assert one.sides == ("left", "right")
 
 
-def test_sides_are_split_like_torch_split():
+def test_sides_are_split_row_by_row():
     one = cut((10, 7), (2, 2), 4, 100)
     assert [(r.stop - r.start, c.stop - c.start) for r, c in one.pieces] == [
         (4, 4), (4, 3), (4, 4), (4, 3), (2, 4), (2, 3)
     ]  # fmt: skip
 
 
+@settings(deadline=None)
+@given(st.integers(2, 5000), st.integers(1, 1100))
+@example(1025, 1024)
+@example(4097, 1024)
+def test_a_side_is_split_in_as_few_and_as_equal_pieces_as_can_be(size, block_size):
+    """All but the last are equal, as stacks want it; each is short of block_size by little."""
+    pieces = [rows for rows, _ in cut((size, 2), (2, None), block_size, 10**4).pieces]
+    lengths = [rows.stop - rows.start for rows in pieces]
+    assert len(set(lengths[:-1])) <= 1
+    assert 0 <= lengths[0] - lengths[-1] < len(lengths)
+    assert len(lengths) == -(-size // lengths[0])
+    assert lengths[0] == -(-size // -(-size // block_size)) <= block_size
+
+
 def test_a_side_over_max_dimension_is_neither_factored_nor_split():
     one = cut((50, 6), (2, 2), 4, 20)
     assert one.sides == ("right",)
-    assert one.pieces == ((slice(0, 50), slice(0, 4)), (slice(0, 50), slice(4, 6)))
+    assert one.pieces == ((slice(0, 50), slice(0, 3)), (slice(0, 50), slice(3, 6)))
     assert cut((50, 60), (2, 2), 4, 20).sides == ()
 
 

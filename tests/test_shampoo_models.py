@@ -6,6 +6,7 @@ from torch import nn
 from training import gradients, parameters, train
 
 from shampoo_kernels import Shampoo
+from shampoo_kernels.optim import factors
 
 
 def test_convolutions_in_any_memory_format():
@@ -16,7 +17,7 @@ def test_convolutions_in_any_memory_format():
         optimizer = Shampoo([W], block_size=5, start_step=1)
         train(optimizer, [(W, gradients((6, 4, 3, 3), 4))])
         assert W.is_contiguous(memory_format=memory_format)
-        assert optimizer.state[W]["left.0"].shape == (5, 5)
+        assert optimizer.state[W]["left.0"].shape == (3, 3)
         assert optimizer.state[W]["exp_avg"].shape == W.shape
         results.append(W.detach().contiguous())
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
@@ -51,6 +52,57 @@ def test_low_precision_weights_are_rounded_once_from_float32(dtype):
     train(Shampoo([V], start_step=1), [(V, [g.float() for g in grads])])
     assert torch.equal(W, V.to(dtype))
     assert {v.dtype for v in optimizer.state[W].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_read_16_bit_gradients_as_they_are(monkeypatch, dtype):
+    """Products are exact and sums float32, so that L is that of float32 gradients to rounding."""
+    seen, real = [], factors.gram_ema_
+    monkeypatch.setattr(
+        factors, "gram_ema_", lambda stat, grad, *a, **k: seen.append(grad.dtype) or real(
+            stat, grad, *a, **k)
+    )  # fmt: skip
+    W, V = parameters((64, 48), dtype=dtype)[0], parameters((64, 48))[0]
+    grads = gradients((64, 48), 3, dtype)
+    optimizer = Shampoo([W, V])
+    train(optimizer, [(W, grads), (V, [g.float() for g in grads])])
+    assert set(seen) == {dtype, torch.float32}
+    for name in ("left.0", "right.0"):
+        a, b = (optimizer.state[p][name] for p in (W, V))
+        # at most 64 sums in each of 3 steps, each rounded to 2^-24
+        torch.testing.assert_close(a, b, rtol=0, atol=3 * 64 * 2**-24 * b.diagonal().max().item())
+
+
+def test_a_parameter_is_trained_alike_among_those_of_other_dtypes():
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    alone, among = ([parameters((6, 4), dtype=d)[0] for d in dtypes] for _ in range(2))
+    grads = [gradients((6, 4), 4, d) for d in dtypes]
+    for parameter, own in zip(alone, grads, strict=True):
+        train(Shampoo([parameter], refresh_every=1), [(parameter, own)])
+    train(Shampoo(among, refresh_every=1), list(zip(among, grads, strict=True)))
+    for a, b in zip(alone, among, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_of_another_dtype():
+    W, V = parameters((6, 4), dtype=torch.bfloat16)[0], parameters((6, 4), dtype=torch.bfloat16)[0]
+    W.grad_dtype = None
+    grads = gradients((6, 4), 3, torch.bfloat16)
+    train(Shampoo([W]), [(W, [grads[0], grads[1].float(), grads[2].double()])])
+    train(Shampoo([V]), [(V, grads)])
+    # up to one rounding of the weights a step
+    torch.testing.assert_close(W, V, rtol=3 * 2**-8, atol=0)
+
+
+@pytest.mark.parametrize("shapes", [[(6, 4)], [(6, 4), (3,)], [(6, 4), (6, 4)]], ids=str)
+def test_a_compiled_step_is_the_step(shapes):
+    ours, theirs = parameters(*shapes), parameters(*shapes)
+    pairs = [[(p, gradients(p.shape, 4, torch.float32)) for p in own] for own in (ours, theirs)]
+    train(Shampoo(ours), pairs[0])
+    optimizer = Shampoo(theirs)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    train(optimizer, pairs[1])
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0,), (), (1,), (1, 1), (2, 1, 3)])

@@ -4,6 +4,7 @@ import io
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ BAD = [
     ("betas", (0.9, -0.1)),
     ("eps", 0.0),
     ("eps", math.inf),
+    ("eps", 1e-60),
     ("weight_decay", -0.1),
     ("weight_decay", math.nan),
     ("shampoo_beta", 1.0),
@@ -51,6 +53,7 @@ BAD = [
     ("maximize", None),
     ("capturable", "yes"),
     ("root_dtype", torch.int8),
+    ("root_dtype", torch.float16),
     ("root_dtype", "bfloat16"),
     ("precondition", 0),
     ("process_group", object()),
@@ -70,6 +73,69 @@ def test_every_bad_option_is_named(name, value):
     assert len(optimizer.param_groups) == 1
 
 
+def everything(optimizer):
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors += [value for state in optimizer.state.values() for value in state.values()]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda x: str(x)[:20])
+def test_an_option_changed_to_a_bad_one_changes_nothing(name, value, steps):
+    """In the second group: the first has stepped by the time that its turn would come."""
+    own = parameters((6, 4), (4, 3))
+    optimizer = Shampoo([{"params": [p]} for p in own], refresh_every=2)
+    if steps:
+        train(optimizer, [(p, gradients(p.shape, steps, torch.float32)) for p in own])
+    for p in own:
+        p.grad = torch.ones_like(p)
+    before = everything(optimizer)
+    good = optimizer.param_groups[1][name]
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=f"^Shampoo: {name} must be .*, got "):
+        optimizer.step()
+    after = everything(optimizer)
+    assert len(before) == len(after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    optimizer.param_groups[1][name] = good
+    optimizer.step()
+
+
+def test_a_tensor_learning_rate_changed_in_place_is_looked_at():
+    lr = torch.tensor(0.1)
+    (W,) = parameters((6, 4))
+    optimizer = Shampoo([W], lr=lr)
+    train(optimizer, [(W, gradients((6, 4), 2, torch.float32))])
+    lr.fill_(-1)
+    with pytest.raises(ValueError, match=r"^Shampoo: lr must be finite and not negative, got "):
+        optimizer.step()
+
+
+def test_a_group_that_was_replaced_counts():
+    own, twin = parameters((6, 4)), parameters((6, 4))
+    grads = gradients((6, 4), 4, torch.float32)
+    optimizer, other = Shampoo(own), Shampoo(twin)
+    train(optimizer, [(own[0], grads[:2])])
+    train(other, [(twin[0], grads[:2])])
+    changes = {"lr": 0.5, "weight_decay": 0.2, "nesterov": True}
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], **changes}
+    other.param_groups[0].update(changes)
+    train(optimizer, [(own[0], grads[2:])])
+    train(other, [(twin[0], grads[2:])])
+    assert torch.equal(own[0], twin[0])
+    del optimizer.param_groups[0]["ridge"]
+    with pytest.raises(ValueError, match=r"^Shampoo: ridge must be an option"):
+        optimizer.step()
+
+
+def test_the_smallest_eps_divides_nothing_by_zero():
+    W, b = parameters((6, 4), (3,))
+    optimizer = Shampoo([W, b], eps=torch.finfo(torch.float32).tiny)
+    train(optimizer, [(p, [torch.zeros_like(p)]) for p in (W, b)])
+    assert W.isfinite().all()
+    assert b.isfinite().all()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -87,13 +153,35 @@ def test_options_that_do_not_go_together_are_refused(options):
 
 def test_options_are_kept_as_plain_values():
     own = parameters((3, 3))
-    optimizer = Shampoo(own, p=(Fraction(5, 2), 2.0), betas=[0.8, 0.9])
+    optimizer = Shampoo(own, p=(Fraction(5, 2), 2.0), betas=[0.8, 0.9], refresh_every=10)
     assert optimizer.param_groups[0]["p"] == (2.5, 2)
     assert isinstance(optimizer.param_groups[0]["p"][1], int)
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
     assert "refresh_every: 10" in repr(optimizer)
     assert optimizer.defaults["p"] == (2.5, 2)
     train(optimizer, [(own[0], gradients((3, 3), 2, torch.float32))])
+    torch.save(optimizer.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("kind", [Fraction, np.float64, np.float32])
+@pytest.mark.parametrize("later", [False, True])
+def test_numbers_of_other_libraries_are_kept_as_plain_ones(kind, later):
+    half = kind(0.5)
+    given = {"lr": half, "betas": (half, half), "eps": half, "weight_decay": half,
+             "shampoo_beta": half, "ridge": half, "p": half, "block_size": np.int64(4),
+             "max_dimension": np.int32(9), "refresh_every": np.int8(2)}  # fmt: skip
+    (W,) = parameters((6, 5))
+    optimizer = Shampoo([W], **({} if later else given))
+    if later:
+        optimizer.param_groups[0].update(given)
+    train(optimizer, [(W, gradients((6, 5), 3, torch.float32))])
+    group = optimizer.param_groups[0]
+    for name, value in given.items():
+        plain = group[name] if isinstance(group[name], tuple) else (group[name],)
+        assert {type(x) for x in plain} <= {float, int}, name
+        assert set(plain) == {float(x) for x in np.atleast_1d(value)}, name
     torch.save(optimizer.state_dict(), file := io.BytesIO())
     file.seek(0)
     torch.load(file, weights_only=True)

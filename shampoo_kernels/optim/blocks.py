@@ -77,8 +77,13 @@ def cut(
 
 
 def _split(size: int, piece: int) -> list[slice]:
-    """[0, size) in pieces of `piece`, the last one shorter, as torch.split does."""
-    return [slice(start, min(start + piece, size)) for start in range(0, size, piece)]
+    """[0, size) in as few pieces of at most `piece` as there can be, all but the last one equal.
+
+    They are as equal as that allows: 1025 in pieces of 1024 is 513 + 512, not 1024 + 1.
+    """
+    count = math.ceil(size / piece)
+    length = math.ceil(size / count)
+    return [slice(start, min(start + length, size)) for start in range(0, size, length)]
 
 
 def stack_blocks(cuts: Sequence[Cut], rest: Sequence[Hashable]) -> dict[StackKey, list[Block]]:

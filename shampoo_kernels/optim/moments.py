@@ -12,8 +12,12 @@ def per_block(x: Tensor) -> Tensor:
 
 
 def block_norms(x: Tensor) -> Tensor:
-    """Frobenius norms (B,) of (B, m, n), by rows: one long float32 sum would lose digits."""
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1), dim=-1)
+    """Frobenius norms (B,) of (B, m, n), by rows: one long float32 sum would lose digits.
+
+    In float32, in float64 for float64.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1, dtype=dtype), dim=-1)
 
 
 def update_(

@@ -1,7 +1,7 @@
 """The options of a param group: what is allowed, and the words that say so."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from shampoo_kernels.ops.inverse_root import METHODS, inverse_root
 
 STATISTICS = ("shampoo",)
 GRAFTS = ("adam", None)
-ROOT_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Roots of small gradients are large: beyond 65504, the largest float16, at ordinary scales.
+ROOT_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16)
 FLAGS = ("nesterov", "maximize", "capturable", "precondition")
 NAMES = (
     "lr", "betas", "eps", "weight_decay", "shampoo_beta", "p", "ridge", "statistic", "graft",
@@ -21,23 +22,26 @@ NAMES = (
 )  # fmt: skip
 
 
-def check(group: dict) -> None:
-    """Check the options of one param group and bring `p` and `betas` to plain tuples.
+def checked(group: dict) -> dict:
+    """The options of one param group as plain numbers, which torch.load(weights_only=True) reads.
 
     Raises:
         ValueError: the first option found wrong, with what is allowed and what was given.
     """
-    lr = group["lr"]
-    _require(_is_real(lr) or _is_one_number(lr), "lr", "a number or a one-element tensor", lr)
-    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
-        _require(lr >= 0 and math.isfinite(lr), "lr", "finite and not negative", lr)
-    group["betas"] = _betas(group["betas"])
-    _require_number(group, "eps", above=0)
-    _require_number(group, "weight_decay", least=0)
-    _require_number(group, "shampoo_beta", least=0, below=1)
-    _require_number(group, "ridge", least=0)
+    for name in NAMES:
+        _require(name in group, name, "an option of every param group", None)
+    plain = {
+        "lr": learning_rate(group["lr"]),
+        "betas": _betas(group["betas"]),
+        # smaller ones are 0 in float32
+        "eps": _number(group, "eps", least=torch.finfo(torch.float32).tiny),
+        "weight_decay": _number(group, "weight_decay"),
+        "shampoo_beta": _number(group, "shampoo_beta", below=1),
+        "ridge": _number(group, "ridge"),
+        "p": _roots(group["p"]),
+    }
     for name in ("block_size", "max_dimension", "refresh_every", "start_step"):
-        _require_count(group, name)
+        plain[name] = _count(group, name)
     for name, allowed in (
         ("statistic", STATISTICS),
         ("graft", GRAFTS),
@@ -54,13 +58,20 @@ def check(group: dict) -> None:
         )
     for name in FLAGS:
         _require(isinstance(group[name], bool), name, "True or False", group[name])
-    group["p"] = _roots(group["p"])
-    _check_root_options(group)
+    plain = {name: plain.get(name, group[name]) for name in NAMES}
+    _check_root_options(plain)
     if group["graft"] is None and group["precondition"] and group["start_step"] > 1:
         raise ValueError(
             "Shampoo: start_step must be 1 with graft=None (before start_step the graft alone is "
             f"used), got {group['start_step']}"
         )
+    return plain
+
+
+def fingerprint(group: dict) -> tuple:
+    """Changes when an option other than lr does, or its type: True is not 1 here."""
+    values = (group.get(name) for name in NAMES if name != "lr")
+    return tuple((type(value), value) for value in values)
 
 
 def _require(condition: bool, name: str, expected: str, given: object) -> None:
@@ -72,33 +83,28 @@ def _is_real(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _is_one_number(value: object) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+def learning_rate(lr: Any) -> float | Tensor:
+    """A float, or the tensor itself, whose value on a GPU is not looked at. Raises ValueError."""
+    one_number = isinstance(lr, Tensor) and lr.numel() == 1 and not lr.is_complex()
+    _require(_is_real(lr) or one_number, "lr", "a number or a one-element tensor", lr)
+    if not isinstance(lr, Tensor) or lr.device.type == "cpu":
+        _require(0 <= lr < math.inf, "lr", "finite and not negative", lr)
+    return lr if isinstance(lr, Tensor) else float(lr)
 
 
-def _require_number(
-    group: dict, name: str, *, least: float | None = None, above: float | None = None,
-    below: float = math.inf,
-) -> None:  # fmt: skip
+def _number(group: dict, name: str, *, least: float = 0, below: float = math.inf) -> float:
     value = group[name]
-    low = f"> {above}" if least is None else f">= {least}"
     high = "finite" if below == math.inf else f"< {below}"
-    _require(
-        _is_real(value) and (value > above if least is None else value >= least) and value < below,
-        name,
-        f"a number {low} and {high}",
-        value,
-    )
+    good = _is_real(value) and least <= value < below
+    _require(good, name, f"a number >= {least} and {high}", value)
+    return float(value)
 
 
-def _require_count(group: dict, name: str) -> None:
+def _count(group: dict, name: str) -> int:
     value = group[name]
-    _require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        name,
-        "an integer >= 1",
-        value,
-    )
+    good = not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
+    _require(good, name, "an integer >= 1", value)
+    return int(value)
 
 
 def _betas(betas: Any) -> tuple[float, float]:
@@ -108,7 +114,7 @@ def _betas(betas: Any) -> tuple[float, float]:
         and all(_is_real(beta) and 0 <= beta < 1 for beta in betas)
     )
     _require(good, "betas", "two numbers in [0, 1)", betas)
-    return betas[0], betas[1]
+    return float(betas[0]), float(betas[1])
 
 
 def _roots(p: Any) -> tuple[float | None, float | None]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.optim.stacks import MOMENTS, build, cut_parameter
-from shampoo_kernels.optim.update import Members, StackStep
+from shampoo_kernels.optim.state import check_state
+from shampoo_kernels.optim.update import Inputs, step_
 
 # The options that decide what the state of a parameter looks like.
 STRUCTURE = ("p", "block_size", "max_dimension", "precondition", "root_dtype", "capturable")
@@ -33,11 +34,16 @@ def check_gradients(group: dict) -> None:
             )
 
 
+def check_states(group: dict, states: Mapping[Tensor, dict]) -> None:
+    """Refuse a state that does not hold what the options of its group ask for."""
+    for parameter in _stepped(group, states):
+        check_state(parameter, states.get(parameter, {}), group)
+
+
 class Plan:
-    """The stacks of a param group; valid while `fits` says so."""
+    """The stacks of a param group, whose states were checked; valid while `fits` says so."""
 
     def __init__(self, group: dict, states: Mapping[Tensor, dict]) -> None:
-        self.group = group
         self.parameters = _stepped(group, states)
         self.structure = _structure(group, self.parameters)
         own = [states[parameter] for parameter in self.parameters]
@@ -45,53 +51,54 @@ class Plan:
         self.shapes = [cut_parameter(parameter, group).matrix for parameter in self.parameters]
         self.step_tensors = [state["step"] for state in own]
         self.steps = [int(step) for step in self.step_tensors]
-        self.exp_avgs = [state["exp_avg"] for state in own]
-        moments = (_matrices([state[name] for state in own], self.shapes) for name in MOMENTS)
-        self.moments = tuple(moments)
+        self.moments = [[state[name] for state in own] for name in MOMENTS]
 
     def fits(self, group: dict, states: Mapping[Tensor, dict]) -> bool:
         """No parameter joined, and neither options nor state tensors were replaced."""
         parameters = _stepped(group, states)
         return _structure(group, parameters) == self.structure and all(
-            states[parameter].get("exp_avg") is exp_avg
-            for parameter, exp_avg in zip(parameters, self.exp_avgs, strict=True)
+            states[parameter].get(MOMENTS[0]) is exp_avg
+            for parameter, exp_avg in zip(parameters, self.moments[0], strict=True)
         )
 
-    def step_(self) -> None:
-        """Step every stack."""
-        grads = [parameter.grad for parameter in self.parameters]
-        present = [grad is not None for grad in grads]
-        if not any(present):
-            return
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            self._check_capture(all(present))
-        torch._foreach_add_(
-            [s for s, here in zip(self.step_tensors, present, strict=True) if here], 1
-        )
-        self.steps = [step + here for step, here in zip(self.steps, present, strict=True)]
-        weights = _matrices(self.parameters, self.shapes)
-        members = Members(
+    def step_(self, group: dict, position: int) -> int:
+        """Step every stack; `position` counts the blocks with a factor before and after it."""
+        grads = {
+            i: parameter.grad.reshape(shape)
+            for i, (parameter, shape) in enumerate(zip(self.parameters, self.shapes, strict=True))
+            if parameter.grad is not None
+        }
+        if grads:
+            torch._foreach_add_([self.step_tensors[i] for i in grads], 1)
+        for i in grads:
+            self.steps[i] += 1
+        weights = self._matrices(self.parameters)
+        inputs = Inputs(
             weights=weights,
-            grads=[
-                weight.new_zeros(()).expand(shape) if grad is None else grad.reshape(shape)
-                for weight, grad, shape in zip(weights, grads, self.shapes, strict=True)
-            ],
-            exp_avgs=self.moments[0],
-            exp_avg_sqs=self.moments[1],
-            present=present,
+            grads=grads,
+            exp_avgs=self._matrices(self.moments[0]),
+            exp_avg_sqs=self._matrices(self.moments[1]),
             steps=self.steps,
         )
         for stack in self.stacks:
-            StackStep(stack, members, self.group).run()
-        for parameter, weight in zip(self.parameters, weights, strict=True):
-            if weight.data_ptr() != parameter.data_ptr():  # no view of it as a matrix exists
-                parameter.copy_(weight.view(parameter.shape))
+            step_(stack, inputs, group, position)
+            position += len(stack.blocks) if stack.key.sides else 0
+        for i in grads:
+            if weights[i].data_ptr() != self.parameters[i].data_ptr():  # no matrix is a view of it
+                self.parameters[i].copy_(weights[i].view(self.parameters[i].shape))
+        return position
 
-    def _check_capture(self, complete: bool) -> None:
+    def _matrices(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Views (M, N), or copies where the strides (channels_last, say) allow no view."""
+        return [tensor.reshape(shape) for tensor, shape in zip(tensors, self.shapes, strict=True)]
+
+    def check_capture(self, group: dict) -> None:
         """A graph repeats one step: all gradients, past start_step, and every root in each step."""
-        group = self.group
+        if not self.parameters:
+            return
         if not group["capturable"]:
             raise RuntimeError("Shampoo: capturing step() in a CUDA graph needs capturable=True")
+        complete = all(parameter.grad is not None for parameter in self.parameters)
         started = complete and min(self.steps) >= group["start_step"]
         if group["precondition"] and not (group["refresh_every"] == 1 and started):
             raise RuntimeError(
@@ -115,8 +122,3 @@ def _structure(group: dict, parameters: list[Tensor]) -> tuple:
         *(group[name] for name in STRUCTURE),
         *((id(p), p.dtype, p.device, p.shape) for p in parameters),
     )
-
-
-def _matrices(tensors: list[Tensor], shapes: list[tuple[int, int]]) -> list[Tensor]:
-    """Views (M, N), or copies where the strides (channels_last, say) allow no view."""
-    return [tensor.reshape(shape) for tensor, shape in zip(tensors, shapes, strict=True)]

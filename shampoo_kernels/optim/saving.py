@@ -1,15 +1,38 @@
 """What torch.optim's state_dict and load_state_dict need on top, through their own hooks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim.stacks import check_state
+from shampoo_kernels.optim import options
+from shampoo_kernels.optim.state import check_state
 
-# Of the state's layout; every param group carries it.
-VERSION = 1
+# Of the state's layout; every param group carries it. In version 1 a root that had not been
+# computed was the identity, and long sides were split into other pieces.
+VERSION = 2
+OLD_VERSIONS = (1,)
+
+
+def cloned(states: Mapping) -> dict:
+    """A copy of {parameter: state}."""
+    return {
+        key: {name: _cloned(value) for name, value in state.items()}
+        for key, state in states.items()
+    }
+
+
+def upgraded(state: dict) -> dict:
+    """The state of a parameter in version 1, as it is in this one."""
+    return {name: _without_identity(name, value) for name, value in state.items()}
+
+
+def _without_identity(name: str, value: Any) -> Any:
+    if "_root." not in name or not torch.equal(value, torch.eye(len(value)).to(value)):
+        return value
+    return torch.zeros_like(value)
 
 
 @contextmanager
@@ -17,10 +40,7 @@ def copying_tensors(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Let state_dict() give copies: saving a view would save the whole stack behind it."""
 
     def copy(_: torch.optim.Optimizer, state_dict: dict) -> None:
-        state_dict["state"] = {
-            key: {name: _cloned(value) for name, value in state.items()}
-            for key, state in state_dict["state"].items()
-        }
+        state_dict["state"] = cloned(state_dict["state"])
 
     handle = optimizer.register_state_dict_post_hook(copy, prepend=True)
     try:
@@ -38,13 +58,12 @@ def keeping_dtypes(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """
     loaded: dict = {}
 
-    def capture(_: torch.optim.Optimizer, state_dict: dict) -> None:
-        loaded.update(state_dict)
-        for parameter, state, group in _saved(optimizer, loaded):
-            _check(parameter, state, {**optimizer.defaults, **group})
+    def capture(_: torch.optim.Optimizer, state_dict: dict) -> dict:
+        loaded.update(_current(optimizer, state_dict))
+        return loaded
 
     def restore(_: torch.optim.Optimizer) -> None:
-        for parameter, state, _group in _saved(optimizer, loaded):
+        for parameter, state in _saved(optimizer, loaded):
             kept = optimizer.state[parameter]
             for name, value in state.items():
                 if name == "step":
@@ -63,21 +82,39 @@ def keeping_dtypes(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             handle.remove()
 
 
-def _saved(optimizer: torch.optim.Optimizer, loaded: dict) -> Iterator[tuple[Tensor, dict, dict]]:
-    """(parameter, its saved state, its saved group), parameters matched by position."""
+def _saved(optimizer: torch.optim.Optimizer, loaded: dict) -> Iterator[tuple[Tensor, dict]]:
+    """(parameter, its saved state), matched by position."""
     for group, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=False):
         for parameter, key in zip(group["params"], saved["params"], strict=False):
             if key in loaded["state"]:
-                yield parameter, loaded["state"][key], saved
+                yield parameter, loaded["state"][key]
 
 
-def _check(parameter: Tensor, state: dict, group: dict) -> None:
-    version = group.get("version")
-    if version != VERSION:
-        raise ValueError(
-            f"Shampoo: the loaded state dict must be of version {VERSION}, got {version!r}"
-        )
-    check_state(parameter, state, group)
+def _current(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+    """`state_dict`, checked and in this version; itself it stays as it is."""
+    for name in ("state", "param_groups"):
+        if name not in state_dict:
+            raise ValueError(f"Shampoo: the loaded state dict must hold {name!r}, got "
+                             f"{sorted(map(str, state_dict))}")  # fmt: skip
+    states, groups = dict(state_dict["state"]), []
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        version = saved.get("version")
+        if version not in (VERSION, *OLD_VERSIONS):
+            raise ValueError(
+                f"Shampoo: the loaded state dict must be of version {VERSION}, got {version!r}"
+            )
+        if "params" not in saved:
+            raise ValueError("Shampoo: a loaded param group must hold 'params', got "
+                             f"{sorted(map(str, saved))}")  # fmt: skip
+        plain = options.checked({**optimizer.defaults, **saved})
+        for parameter, key in zip(group["params"], saved["params"], strict=False):
+            if key in states:
+                check_state(parameter, states[key], plain)
+                if version in OLD_VERSIONS:
+                    states[key] = upgraded(states[key])
+        groups.append({**saved, **plain, "version": VERSION})
+    groups += state_dict["param_groups"][len(groups) :]  # too many, which torch.optim refuses
+    return {**state_dict, "state": states, "param_groups": groups}
 
 
 def _cloned(value: object) -> object:

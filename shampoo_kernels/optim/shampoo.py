@@ -1,5 +1,6 @@
 """Shampoo as a torch.optim optimizer: it gathers state; the work is in update.py."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.optim import options, saving
-from shampoo_kernels.optim.plan import Plan, check_gradients
+from shampoo_kernels.optim.plan import Plan, check_gradients, check_states
 
 
 class Shampoo(torch.optim.Optimizer):
@@ -36,23 +37,30 @@ class Shampoo(torch.optim.Optimizer):
         block_size: longer sides are split into blocks of at most this length.
         max_dimension: a side longer than this has no factor and is not split.
         refresh_every: the roots of a block are computed anew every so many steps; in each step
-            those of every so many-th block are.
+            those of every so many-th block are. A late parameter moves the turns of later blocks:
+            once, up to twice as many steps pass between two roots.
         start_step: the first step that is preconditioned; before it the graft alone is used.
         root_method, precision: as in `inverse_root`; "auto" is the fastest.
         nesterov: look ahead by one gradient in the momentum.
         maximize: ascend.
         capturable: keep `step` on the device, as in torch.optim; for parameters on an accelerator.
-        root_dtype: dtype in which the roots are kept; None is that of the statistics.
+        root_dtype: dtype in which the roots are kept, torch.float64, float32 or bfloat16; None is
+            that of the statistics.
         precondition: False runs AdamW.
         process_group: None; sharing the work over processes is not supported yet.
 
     A block with a gradient that is not finite (or whose squares overflow) stands still: weights,
-    moments, statistics, roots and its step count keep their values. Gradients may come late or be
-    missing in some steps. Tensors with dimensions beyond two are seen as first x all others.
+    moments, statistics, roots and its step count keep their values. A parameter without gradient
+    (late, or missing in some steps) is not touched. A block without a root yet, because its
+    gradients were zero, say, takes the graft alone; it gets its root in the first step that has
+    something to compute it from, on a GPU when its turn comes. With graft=None it waits for it.
+    Tensors with dimensions beyond two are seen as first x all others.
 
     Raises:
-        ValueError: an option that is not allowed, at construction and in add_param_group;
-        RuntimeError: sparse gradients or complex parameters, at a step, which changes nothing.
+        ValueError: an option that is not allowed, at construction, in add_param_group and, if it
+            was changed, at a step;
+        RuntimeError: sparse gradients, DTensors, parameters that are not real and floating, or
+            capturable=True without an accelerator, at a step. A step that raises changes nothing.
 
     Sources: Gupta, Koren, Singer 2018 (arXiv 1802.09568); Morwani et al. 2024 (arXiv 2406.17748),
     H ≈ L ⊗ R / tr L; grafting: Anil et al. 2020 (arXiv 2002.09018); AdamW: arXiv 1711.05101.
@@ -84,26 +92,32 @@ class Shampoo(torch.optim.Optimizer):
         precondition: bool = True,
         process_group: None = None,
     ) -> None:
-        given = dict(locals())
-        defaults = {name: given[name] for name in options.NAMES}
-        options.check(defaults)
+        defaults = options.checked(dict(locals()))
         self._plans: dict[int, Plan] = {}
+        self._checked: dict[int, tuple] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group, whose options are checked before anything is changed."""
         if isinstance(param_group, dict):
-            checked = {**self.defaults, **param_group}
-            options.check(checked)
-            param_group = {**param_group, **{name: checked[name] for name in options.NAMES}}
+            param_group = {**param_group, **options.checked({**self.defaults, **param_group})}
         super().add_param_group({**param_group, "version": saving.VERSION})
+
+    def __getstate__(self) -> dict:
+        """As in torch.optim, with copies of the tensors: a view would take its stack along."""
+        state = super().__getstate__()
+        return {**state, "state": defaultdict(dict, saving.cloned(state["state"]))}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._checked = {}, {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+            if group.get("version") in saving.OLD_VERSIONS:
+                for parameter in self.state.keys() & set(group["params"]):
+                    self.state[parameter] = saving.upgraded(self.state[parameter])
+                group["version"] = saving.VERSION
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -111,17 +125,27 @@ class Shampoo(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Make one step; `closure` computes the loss again and returns it."""
+        """Make one step; `closure` computes the loss again and returns it.
+
+        Raises:
+            ValueError: an option that was changed to one that is not allowed, or that does not
+                fit the state;
+            RuntimeError: gradients or parameters that are not supported. Nothing is changed then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_options()
         for group in self.param_groups:
             check_gradients(group)
-        for plan in [self._plan(i, group) for i, group in enumerate(self.param_groups)]:
-            plan.step_()
+        self._make_plans()
+        position = 0
+        for number, group in enumerate(self.param_groups):
+            position = self._plans[number].step_(group, position)
         return loss
 
     def state_dict(self) -> dict:
@@ -138,10 +162,29 @@ class Shampoo(torch.optim.Optimizer):
         with saving.keeping_dtypes(self):
             super().load_state_dict(state_dict)
 
-    def _plan(self, number: int, group: dict) -> Plan:
-        """How to step a group, made anew when it or its state are no longer what they were."""
-        plan = self._plans.get(number)
-        if plan is None or not plan.fits(group, self.state):
-            options.check(group)
-            plan = self._plans[number] = Plan(group, self.state)
-        return plan
+    def _check_options(self) -> None:
+        """Check all groups, the options that rarely change only if they did."""
+        plain = [
+            {"lr": options.learning_rate(group["lr"])}
+            if options.fingerprint(group) == self._checked.get(number)
+            else options.checked(group)
+            for number, group in enumerate(self.param_groups)
+        ]
+        for number, group in enumerate(self.param_groups):
+            group.update(plain[number])
+            self._checked[number] = options.fingerprint(group)
+
+    def _make_plans(self) -> None:
+        """How to step each group, anew when it or its state are no longer what they were."""
+        stale = {
+            number: group
+            for number, group in enumerate(self.param_groups)
+            if number not in self._plans or not self._plans[number].fits(group, self.state)
+        }
+        for group in stale.values():
+            check_states(group, self.state)
+        for number, group in stale.items():
+            self._plans[number] = Plan(group, self.state)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            for number, group in enumerate(self.param_groups):
+                self._plans[number].check_capture(group)

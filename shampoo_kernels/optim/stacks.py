@@ -2,10 +2,12 @@
 
 The state of a parameter holds, next to "step", "exp_avg" and "exp_avg_sq" (parameter-shaped), for
 each of its blocks i: "block_step.i" (finite gradients seen, for bias correction), and for each
-side with a factor "left.i", "left_root.i", "right.i", "right_root.i".
+side with a factor "left.i", "left_root.i", "right.i", "right_root.i". A root that has not been
+computed yet is zero, which no inverse root is.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +19,10 @@ from shampoo_kernels.optim.blocks import LEFT, Block, Cut, StackKey, cut, stack_
 PART_BYTES = 64 << 20
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+HALVES = (torch.bfloat16, torch.float16)
+
+Matrices = Sequence[Tensor] | Mapping[int, Tensor]  # by parameter
 
 
 @dataclass
@@ -32,7 +38,7 @@ class Stack:
     root: dict[str, Tensor] = field(default_factory=dict)  # side: (B, d, d)
 
     def __post_init__(self) -> None:
-        self.members = sorted({block.parameter for block in self.blocks})
+        self.parameters = sorted({block.parameter for block in self.blocks})
 
     def dimension(self, side: str) -> int:
         return self.key.m if side == LEFT else self.key.n
@@ -44,37 +50,66 @@ class Stack:
             yield side, self.statistic[side]
             yield f"{side}_root", self.root[side]
 
-    def parts(self) -> list[slice]:
-        """The blocks in pieces whose packed form takes at most PART_BYTES."""
-        count = max(1, PART_BYTES // (self.key.m * self.key.n * self.dtype.itemsize))
-        return [slice(i, i + count) for i in range(0, len(self.blocks), count)]
+    def parts(self, present: Container[int]) -> Iterator[tuple[int, "Stack"]]:
+        """(index of its first block, part): the blocks of the parameters in `present`.
 
-    def pieces(self, matrices: Sequence[Tensor], part: slice) -> list[Tensor]:
-        """The blocks of `part` as views of matrices[parameter]."""
+        A part is a run of neighbours, as views, whose packed form takes at most PART_BYTES.
+        """
+        count = max(1, PART_BYTES // (self.key.m * self.key.n * self.dtype.itemsize))
+        for start, stop in self._runs(present):
+            for first in range(start, stop, count):
+                yield first, self._part(slice(first, min(first + count, stop)))
+
+    def _runs(self, present: Container[int]) -> Iterator[tuple[int, int]]:
+        if all(parameter in present for parameter in self.parameters):
+            yield 0, len(self.blocks)
+            return
+        start = 0
+        for here, run in itertools.groupby(block.parameter in present for block in self.blocks):
+            stop = start + len(list(run))
+            if here:
+                yield start, stop
+            start = stop
+
+    def _part(self, part: slice) -> "Stack":
+        if part == slice(0, len(self.blocks)):
+            return self
+        statistic, root = (
+            {side: tensor[part] for side, tensor in tensors.items()}
+            for tensors in (self.statistic, self.root)
+        )
+        blocks, steps = self.blocks[part], self.steps[part]
+        return Stack(self.key, blocks, self.dtype, self.device, steps, statistic, root)
+
+    def pieces(self, matrices: Matrices) -> list[Tensor]:
+        """The blocks as views of matrices[parameter]."""
         shape = (self.key.m, self.key.n)
         return [
             matrix if (matrix := matrices[block.parameter]).shape == shape
             else matrix[block.rows, block.cols]
-            for block in self.blocks[part]
+            for block in self.blocks
         ]  # fmt: skip
 
-    def pack(self, matrices: Sequence[Tensor], part: slice) -> Tensor:
-        """The blocks of `part` as one tensor (b, m, n) in the state's dtype.
+    def pack(self, matrices: Matrices) -> Tensor:
+        """The blocks as one tensor (B, m, n): in the state's dtype, but 16-bit ones as they are.
 
         One block of the right dtype is a view of its matrix, not a copy.
         """
-        pieces = self.pieces(matrices, part)
+        pieces = self.pieces(matrices)
         packed = pieces[0].unsqueeze(0) if len(pieces) == 1 else torch.stack(pieces)
-        return packed.to(self.dtype)
+        return packed if packed.dtype in HALVES else packed.to(self.dtype)
 
-    def unpack_(self, matrices: Sequence[Tensor], part: slice, packed: Tensor) -> None:
-        """Write (b, m, n) back into the blocks of `part`, rounding to their dtype."""
-        torch._foreach_copy_(self.pieces(matrices, part), packed.unbind())
+    def unpack_(self, matrices: Matrices, packed: Tensor) -> None:
+        """Write (B, m, n) back into the blocks, rounding to their dtype."""
+        pieces = self.pieces(matrices)
+        if len(pieces) == 1 and pieces[0].data_ptr() == packed.data_ptr():
+            return  # it is a view of the block
+        torch._foreach_copy_(pieces, packed.unbind())
 
 
-def state_dtype(parameter: Tensor) -> torch.dtype:
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 parameters, float32 for all others."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cut_parameter(parameter: Tensor, group: dict) -> Cut:
@@ -85,15 +120,13 @@ def cut_parameter(parameter: Tensor, group: dict) -> Cut:
 def build(parameters: Sequence[Tensor], states: Sequence[dict], group: dict) -> list[Stack]:
     """Make the stacks of `parameters`, fill them from `states`, and leave views of them there.
 
-    A state without "step" is new. Raises ValueError, before anything changes, when a state does
-    not hold what the options of `group` ask for.
+    A state is empty, which is new, or holds what `check_state` wants.
     """
-    for parameter, state in zip(parameters, states, strict=True):
-        check_state(parameter, state, group)
     for parameter, state in zip(parameters, states, strict=True):
         _start_state(state, parameter, group["capturable"])
     cuts = [cut_parameter(parameter, group) for parameter in parameters]
-    places = [(state_dtype(parameter), parameter.device) for parameter in parameters]
+    # one dtype a stack, so that a gradient meets the same Gram kernel in whatever company
+    places = [(parameter.dtype, parameter.device) for parameter in parameters]
     stacks = []
     for key, blocks in stack_blocks(cuts, places).items():
         stack = _empty_stack(key, blocks, group["root_dtype"])
@@ -113,7 +146,7 @@ def _start_state(state: dict, parameter: Tensor, capturable: bool) -> None:
     step = state.get("step", torch.zeros(()))
     state["step"] = step.to(step_device, torch.float32)
     for name in MOMENTS:
-        dtype = state_dtype(parameter)
+        dtype = state_dtype(parameter.dtype)
         moment = state.get(name)
         if moment is None:
             moment = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
@@ -121,46 +154,12 @@ def _start_state(state: dict, parameter: Tensor, capturable: bool) -> None:
 
 
 def _empty_stack(key: StackKey, blocks: list[Block], root_dtype: torch.dtype | None) -> Stack:
-    """No step, statistics zero, every root the identity."""
-    dtype, device = key.rest
+    """No step, no statistics, no roots: all zero."""
+    dtype, device = state_dtype(key.rest[0]), key.rest[1]
     count = len(blocks)
     stack = Stack(key, blocks, dtype, device, torch.zeros(count, dtype=dtype, device=device))
     for side in key.sides:
         d = stack.dimension(side)
         stack.statistic[side] = torch.zeros(count, d, d, dtype=dtype, device=device)
-        root = torch.zeros(count, d, d, dtype=root_dtype or dtype, device=device)
-        root.diagonal(dim1=-2, dim2=-1).fill_(1)
-        stack.root[side] = root
+        stack.root[side] = torch.zeros(count, d, d, dtype=root_dtype or dtype, device=device)
     return stack
-
-
-def state_shapes(parameter: Tensor, one: Cut) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the state of a parameter holds, and its shape."""
-    shapes = {name: tuple(parameter.shape) for name in MOMENTS}
-    shapes["step"] = ()
-    for index, (rows, cols) in enumerate(one.pieces):
-        shapes[f"block_step.{index}"] = ()
-        for side in one.sides:
-            piece = rows if side == LEFT else cols
-            d = piece.stop - piece.start
-            shapes[f"{side}.{index}"] = shapes[f"{side}_root.{index}"] = (d, d)
-    return shapes
-
-
-def check_state(parameter: Tensor, state: dict, group: dict) -> None:
-    """ValueError unless `state` is new (no "step") or holds what the options of `group` ask for."""
-    if "step" not in state:
-        return
-    expected = state_shapes(parameter, cut_parameter(parameter, group))
-    given = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
-    for name in sorted(expected.keys() | given.keys()):
-        if expected.get(name) != given.get(name):
-            raise ValueError(
-                f"Shampoo: state {name!r} of a parameter {tuple(parameter.shape)} must be "
-                f"{_words(expected.get(name))}, got {_words(given.get(name))}; p, block_size, "
-                "max_dimension and precondition cannot change once there is state"
-            )
-
-
-def _words(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else f"a tensor {shape}"

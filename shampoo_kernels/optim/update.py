@@ -1,6 +1,7 @@
 """One optimizer step on one stack: statistics and moments, then roots, then the weights."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,123 +13,113 @@ from shampoo_kernels.optim.stacks import Stack
 
 
 @dataclass
-class Members:
+class Inputs:
     """What the parameters of one group bring to a step; every tensor is a matrix (M, N)."""
 
     weights: list[Tensor]
-    grads: list[Tensor]  # a missing one is a zero that takes no memory
+    grads: dict[int, Tensor]  # of the parameters that have one; the others are left alone
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
-    present: list[bool]  # has a gradient in this step
     steps: list[int]  # gradients seen, this one included
 
 
-class StackStep:
-    """A step of the blocks whose parameter has a gradient, where that is finite.
+def step_(stack: Stack, inputs: Inputs, group: dict, position: int) -> None:
+    """Step the blocks whose parameter has a gradient.
 
-    The other blocks keep statistics, moments and weights bit for bit, and blocks with a non-finite
-    gradient their roots too. The number of operations depends on the number of parts alone.
+    `position` counts the blocks with a factor before this stack. Blocks with a non-finite gradient
+    keep weights, moments, statistics and roots bit for bit. The number of operations depends on
+    the number of parts alone.
     """
+    for start, part in stack.parts(inputs.grads):
+        grad, moves = _look(part.pack(inputs.grads), group["maximize"])
+        part.steps.add_(moves)
+        factors.update_statistics_(part, grad, moves, group["shampoo_beta"], group["precision"])
+        grad = grad.to(part.dtype)
+        averages = part.pack(inputs.exp_avgs), part.pack(inputs.exp_avg_sqs)
+        moments.update_(*averages, grad, moves, group["betas"])
+        part.unpack_(inputs.exp_avgs, averages[0])
+        part.unpack_(inputs.exp_avg_sqs, averages[1])
+        if due := _due(part, inputs.steps, group, position + start):
+            factors.refresh_roots_(part, due, moves, group)
+        update, scale = _update(part, grad, moves, averages, inputs.steps, group)
+        _apply_(part, inputs.weights, update, scale, moves, group)
 
-    def __init__(self, stack: Stack, members: Members, group: dict) -> None:
-        self.stack, self.members, self.group = stack, members, group
-        self.present = [i for i in stack.members if members.present[i]]
-        self.finite = torch.empty(len(stack.blocks), dtype=torch.bool, device=stack.device)
-        self.moves = torch.empty_like(stack.steps)  # (B,): 1 or 0
 
-    def run(self) -> None:
-        if not self.present:
-            return
-        parts = self.stack.parts()
-        has_grad = self._blocks_with(lambda i: self.members.present[i])
-        for part in parts:
-            self._accumulate(part, None if has_grad is None else has_grad[part])
-        t = max(self.members.steps[i] for i in self.present)
-        preconditions = bool(self.stack.key.sides) and t >= self.group["start_step"]
-        if preconditions:
-            for chosen in self._due(t):
-                factors.refresh_roots_(self.stack, chosen, ~self.finite, self.group)
-        started = self._blocks_with(lambda i: self.members.steps[i] >= self.group["start_step"])
-        for part in parts:
-            update, scale = self._update(part, preconditions, started)
-            self._apply(part, update, scale)
+def _look(grad: Tensor, maximize: bool) -> tuple[Tensor, Tensor]:
+    """The gradient (b, m, n) to minimise by, and moves (b,): 1, or 0 in blocks that are not finite.
 
-    def _blocks_with(self, holds: Callable[[int], bool]) -> Tensor | None:
-        """(B,) bool: does it hold for the block's parameter; None where it holds for all."""
-        if all(holds(i) for i in self.stack.members):
-            return None
-        flags = [holds(block.parameter) for block in self.stack.blocks]
-        return torch.tensor(flags, device=self.stack.device)
+    Those become zero, because 0 * NaN is not 0. Squares enter the moments, so that they count too.
+    """
+    norms = block_norms(grad)
+    finite = norms.square() < math.inf
+    grad = torch.where(per_block(finite), grad, 0)
+    return grad.neg_() if maximize else grad, finite.to(norms.dtype)
 
-    def _accumulate(self, part: slice, has_grad: Tensor | None) -> None:
-        """Look at the gradients, and take them into statistics, moments and step counts."""
-        stack, group = self.stack, self.group
-        grad = stack.pack(self.members.grads, part)
-        finite = block_norms(grad).isfinite()
-        self.finite[part] = finite
-        self.moves[part] = finite if has_grad is None else finite & has_grad
-        grad, moves = self._clean(grad, finite), self.moves[part]
-        stack.steps[part].add_(moves)
-        factors.update_statistics_(
-            stack, part, grad, moves, group["shampoo_beta"], group["precision"]
-        )
-        exp_avg = stack.pack(self.members.exp_avgs, part)
-        exp_avg_sq = stack.pack(self.members.exp_avg_sqs, part)
-        moments.update_(exp_avg, exp_avg_sq, grad, moves, group["betas"])
-        stack.unpack_(self.members.exp_avgs, part, exp_avg)
-        stack.unpack_(self.members.exp_avg_sqs, part, exp_avg_sq)
 
-    def _clean(self, grad: Tensor, finite: Tensor) -> Tensor:
-        """Zero in place of what is not finite, because 0 * NaN is not 0; the sign to minimise."""
-        grad = torch.where(per_block(finite), grad, 0)
-        return grad.neg_() if self.group["maximize"] else grad
+def _due(part: Stack, steps: list[int], group: dict, position: int) -> Sequence[int]:
+    """The blocks of `part` whose roots are computed in this step.
 
-    def _due(self, t: int) -> list[slice]:
-        """The blocks whose roots are refreshed now: slice t of them, and parameters that start."""
-        every, start = self.group["refresh_every"], self.group["start_step"]
-        starting = {i for i in self.present if self.members.steps[i] == start}
-        if len(starting) == len(self.stack.members):
-            return [slice(None)]
-        blocks = self.stack.blocks
-        late = [slice(i, i + 1) for i, b in enumerate(blocks) if b.parameter in starting]
-        return [slice(t % every, None, every), *late]
+    A block at `position` among all blocks takes its turn when the gradients seen by its parameter
+    leave the same rest, so that the same number is due in every step; positions, and with them
+    turns, move when a parameter with earlier blocks joins. Out of turn comes a block without root:
+    on a CPU when it has a statistic to compute it from, on other devices, where looking would
+    mean waiting, when its parameter starts.
+    """
+    every, start, count = group["refresh_every"], group["start_step"], len(part.blocks)
+    if not part.key.sides or max(steps[i] for i in part.parameters) < start:
+        return ()
+    own = [steps[block.parameter] for block in part.blocks]
+    if part.device.type == "cpu":
+        late = {i for i in factors.waiting(part) if own[i] >= start}
+    else:
+        late = {i for i in range(count) if own[i] == start}
+    if len(late) == count:
+        return range(count)
+    if len(set(own)) == 1 and not late:
+        return range((own[0] - position) % every, count, every)
+    turns = (own[i] >= start and (own[i] - position - i) % every == 0 for i in range(count))
+    return [i for i, turn in enumerate(turns) if turn or i in late]
 
-    def _update(
-        self, part: slice, preconditions: bool, started: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """U (b, m, n) and scale (b,): scale * U is what the learning rate multiplies."""
-        stack, group = self.stack, self.group
-        (beta1, beta2), steps = group["betas"], stack.steps[part]
-        momentum = stack.pack(self.members.exp_avgs, part)
-        correction = bias(steps, beta1)
-        if group["nesterov"]:
-            grad = self._clean(stack.pack(self.members.grads, part), self.finite[part])
-            momentum = moments.look_ahead(momentum, grad, self.moves[part], beta1)
-            correction = bias(steps + 1, beta1)
-        if preconditions and group["graft"] is None:
-            update, _ = factors.apply_roots(stack, part, momentum, group["precision"])
-            return update, 1 / correction
-        exp_avg_sq = stack.pack(self.members.exp_avg_sqs, part)
-        adam, scale = moments.direction(momentum, exp_avg_sq, steps, beta2, group["eps"])
-        scale = scale / correction
-        if not preconditions:
-            return adam, scale
-        update, norm = factors.apply_roots(stack, part, momentum, group["precision"])
-        grafted = torch.where(norm > 0, scale * block_norms(adam) / norm, 0)
-        if started is None:
-            return update, grafted
-        started = started[part]
-        return (
-            torch.where(per_block(started), update, adam),
-            torch.where(started, grafted, scale),
-        )
 
-    def _apply(self, part: slice, update: Tensor, scale: Tensor) -> None:
-        """W <- (1 - lr * weight_decay) W - lr * scale * U, for the blocks that move."""
-        lr = self.group["lr"]
-        rate = (lr.reshape(()) if isinstance(lr, Tensor) else lr) * self.moves[part]
-        weights = self.stack.pack(self.members.weights, part)
-        if self.group["weight_decay"]:
-            weights.mul_(per_block(1 - rate * self.group["weight_decay"]))
-        weights.addcmul_(update, per_block(-rate * scale))
-        self.stack.unpack_(self.members.weights, part, weights)
+def _update(
+    part: Stack, grad: Tensor, moves: Tensor, averages: tuple[Tensor, Tensor], steps: list[int],
+    group: dict,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """U (b, m, n) and scale (b,): scale * U is what the learning rate multiplies."""
+    beta1, beta2 = group["betas"]
+    momentum, exp_avg_sq = averages
+    correction = bias(part.steps, beta1)
+    if group["nesterov"]:
+        momentum = moments.look_ahead(momentum, grad, moves, beta1)
+        correction = bias(part.steps + 1, beta1)
+    started = {i for i in part.parameters if steps[i] >= group["start_step"]}
+    preconditions = bool(part.key.sides and started)
+    if preconditions and group["graft"] is None:
+        update, _ = factors.apply_roots(part, momentum, group["precision"])
+        return update, 1 / correction
+    adam, scale = moments.direction(momentum, exp_avg_sq, part.steps, beta2, group["eps"])
+    scale = scale / correction
+    if not preconditions:
+        return adam, scale
+    update, norm = factors.apply_roots(part, momentum, group["precision"])
+    ready = norm > 0  # without a root it is 0
+    if len(started) < len(part.parameters):
+        flags = torch.tensor([block.parameter in started for block in part.blocks])
+        ready &= flags.to(part.device, non_blocking=True)
+    return (
+        torch.where(per_block(ready), update, adam),
+        torch.where(ready, scale * block_norms(adam) / norm, scale),
+    )
+
+
+def _apply_(
+    part: Stack, weights: list[Tensor], update: Tensor, scale: Tensor, moves: Tensor, group: dict
+) -> None:
+    """W <- (1 - lr * weight_decay) W - lr * scale * U, for the blocks that move."""
+    lr = group["lr"]
+    rate = (lr.reshape(()) if isinstance(lr, Tensor) else lr) * moves
+    packed = part.pack(weights).to(part.dtype)
+    if group["weight_decay"]:
+        packed.mul_(per_block(1 - rate * group["weight_decay"]))
+    packed.addcmul_(update, per_block(-rate * scale))
+    part.unpack_(weights, packed)

@@ -1,0 +1,47 @@
+"""What the state of a parameter holds; every tensor's name and shape."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from shampoo_kernels.optim.blocks import LEFT, Cut
+from shampoo_kernels.optim.stacks import MOMENTS, cut_parameter
+
+
+def state_shapes(parameter: Tensor, one: Cut) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(parameter.shape) for name in MOMENTS}
+    shapes["step"] = ()
+    for index, (rows, cols) in enumerate(one.pieces):
+        shapes[f"block_step.{index}"] = ()
+        for side in one.sides:
+            piece = rows if side == LEFT else cols
+            d = piece.stop - piece.start
+            shapes[f"{side}.{index}"] = shapes[f"{side}_root.{index}"] = (d, d)
+    return shapes
+
+
+def check_state(parameter: Tensor, state: Mapping, group: dict) -> None:
+    """ValueError unless `state` is empty or holds what the options of `group` ask for."""
+    if not state:
+        return
+    expected = state_shapes(parameter, cut_parameter(parameter, group))
+    for name in sorted(expected.keys() | state.keys(), key=str):
+        wanted, given = _words(expected.get(name)), _described(state.get(name))
+        if wanted != given:
+            raise ValueError(
+                f"Shampoo: state {name!r} of a parameter {tuple(parameter.shape)} must be "
+                f"{wanted}, got {given}; p, block_size, max_dimension and precondition cannot "
+                "change once there is state"
+            )
+
+
+def _described(value: object) -> str:
+    if value is not None and not isinstance(value, Tensor):
+        return repr(value)
+    if value is not None and not value.is_floating_point():
+        return f"one of {value.dtype}"
+    return _words(None if value is None else tuple(value.shape))
+
+
+def _words(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"a floating tensor {shape}"
