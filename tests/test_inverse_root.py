@@ -380,7 +380,7 @@ EYE = torch.eye(4)
             TypeError,
             "out must be float32",
         ),
-        ((EYE, 2, {"out": EYE}), ValueError, "must not be A"),
+        ((EYE, 2, {"out": EYE}), ValueError, "must not overlap A"),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -4,7 +4,6 @@ import enum
 import math
 import sys
 from fractions import Fraction
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from shampoo_kernels import native
 from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common, roots
+from shampoo_kernels.ops.overlap import check_apart, check_same_or_apart
 
 _OP = "inverse_root"
 METHODS = ("auto", "newton", "product", "eigh")
@@ -96,7 +96,8 @@ def inverse_root(
     common.check_square(_OP, "A", A, batched=False)
     for name, tensor in (("previous", previous), ("out", out)):
         if tensor is not None:
-            common.check_shape(_OP, name, tensor, tuple(A.shape), "as A")
+            common.check_shape(_OP, name, tensor, A.shape, "as A")
+    _check_options(method, precision, fallback)
     arguments = {
         "ridge": _number("ridge", ridge),
         "design_floor": None if design_floor is None else _number("design_floor", design_floor),
@@ -119,9 +120,13 @@ def inverse_root(
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{_OP}: {name} must be a number, got {type(value).__name__}")
-    return float(value)
+    return common.check_number(_OP, name, value)
+
+
+def _check_options(method: object, precision: object, fallback: object) -> None:
+    common.check_option(_OP, "method", method, METHODS)
+    common.check_option(_OP, "precision", precision, common.PRECISIONS)
+    common.check_option(_OP, "fallback", fallback, FALLBACKS)
 
 
 def _empty_results(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,9 +165,7 @@ def _check(
 ) -> None:  # fmt: skip
     common.check_dtype(_OP, "A", A, common.MASTERS)
     common.check_square(_OP, "A", A)
-    common.check_option(_OP, "method", method, METHODS)
-    common.check_option(_OP, "precision", precision, common.PRECISIONS)
-    common.check_option(_OP, "fallback", fallback, FALLBACKS)
+    _check_options(method, precision, fallback)
     if previous is not None:
         common.check_dtype(_OP, "previous", previous, (A.dtype,))
         common.check_shape(_OP, "previous", previous, tuple(A.shape), "as A")
@@ -204,15 +207,10 @@ def _check_iteration(
         )
 
 
-def _implementation_(
+def _compute(
     root, residual, status, A, p, *, ridge=1e-6, design_floor=None, method="auto",
     precision="highest", rank_rtol=None, previous=None, fallback="previous",
 ) -> None:  # fmt: skip
-    _check_out(
-        root, residual, status, A, p, ridge=ridge, design_floor=design_floor, method=method,
-        precision=precision, rank_rtol=rank_rtol, previous=previous, fallback=fallback,
-    )  # fmt: skip
-    common.check_apart(_OP, "out", root, A=A)
     floor = _floor(A, ridge, design_floor)
     backend = choose(_OP, A.device.type, A.dtype)
     retry = fallback == "eigh"
@@ -244,10 +242,21 @@ def _fall_back(
 
 
 def _implementation(A, p, **options) -> tuple[Tensor, Tensor, Tensor]:
+    _check(A, p, **options)
     root = torch.empty(A.shape, dtype=A.dtype, device=A.device)
     residual, status = _empty_results(A)
-    _implementation_(root, residual, status, A, p, **options)
+    _compute(root, residual, status, A, p, **options)
     return root, residual, status
+
+
+def _implementation_(root, residual, status, A, p, **options) -> None:
+    _check_out(root, residual, status, A, p, **options)
+    previous = options.get("previous")
+    check_same_or_apart(_OP, "out", root, previous=previous)
+    check_apart(_OP, "out", root, A=A, residual=residual, status=status)
+    check_apart(_OP, "residual", residual, A=A, previous=previous, status=status)
+    check_apart(_OP, "status", status, A=A, previous=previous)
+    _compute(root, residual, status, A, p, **options)
 
 
 def _check_out(root, residual, status, A, p, **options) -> None:
