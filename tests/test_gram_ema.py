@@ -261,7 +261,7 @@ S, G, W = torch.zeros(2, 4, 4), torch.ones(2, 4, 5), torch.ones(2, 5, 5)
     ((S, G, 1, None), {"side": "left"}, TypeError, "alpha must be a number or a tensor"),
     ((S, G, torch.ones(3), 1), {"side": "left"}, ValueError, "beta must have one element or 2"),
     ((S, G, 1, torch.ones(2, requires_grad=True)), {"side": "left"}, ValueError, "alpha requires"),
-    ((S, S, 1, 1), {"side": "left"}, ValueError, "stat is written in place and must not overlap grad"),
+    ((S, S, 1, 1), {"side": "left"}, ValueError, "is written in place and must not overlap grad"),
     ((S[0].expand(2, 4, 4), G, 1, 1), {"side": "left"}, ValueError, "must not overlap itself"),
     ((S, None, 1, 1), {"side": "left"}, TypeError, "grad must be a tensor, got NoneType"),
     ((S.clone().requires_grad_(), G, 1, 1), {"side": "left"}, ValueError, "stat requires grad"),

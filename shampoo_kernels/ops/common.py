@@ -32,7 +32,7 @@ _has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 def _without_autocast(implementation: Callable) -> Callable:
-    """The same function of (tensor, ...) outside of autocast; where that is off, it costs a look."""
+    """The same function of (tensor, ...) outside of autocast, which costs a look where off."""
 
     @functools.wraps(implementation)
     def run(first: Tensor, *args, **kwargs):
@@ -64,11 +64,12 @@ def check_integer(op: str, name: str, given: object, least: int | None = None) -
     """`given` as an int: any integer of 64 bits but a bool."""
     if isinstance(given, bool) or not isinstance(given, (Integral, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {type(given).__name__}")
-    if not -(2**63) <= given < 2**63:
+    number = int(given)
+    if not -(2**63) <= number < 2**63:
         raise ValueError(f"{op}: {name} must fit into 64 bits, got an int that does not")
-    if least is not None and given < least:
-        raise ValueError(f"{op}: {name} must be at least {least}, got {given}")
-    return int(given)
+    if least is not None and number < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {number}")
+    return number
 
 
 def check_number(op: str, name: str, given: object, expected: str = "a number") -> float:

@@ -42,7 +42,7 @@ def gram_ema_(
 
     Raises:
         TypeError: a dtype or type that is not listed; ValueError: any other mismatch, a tensor that
-        requires grad, or a `stat` that overlaps itself or another argument. Nothing is changed then.
+        requires grad, or a `stat` that overlaps itself or an argument. Nothing is changed then.
 
     Source: Gupta, Koren, Singer 2018 (arXiv 1802.09568); the weight: Morwani et al. 2024
     (arXiv 2406.17748), one step of the power iteration.
@@ -79,7 +79,7 @@ def _scalar(name: str, value: object, stat: Tensor) -> tuple[float, Tensor | Non
             raise TypeError(f"{_OP}: {name} must be real, got {common.describe(value)}")
         flat = value if value.ndim == 1 else value.reshape(-1)
         return 0.0, flat if flat.dtype == stat.dtype else flat.to(stat.dtype)
-    if torch.compiler.is_compiling() and type(value) in (int, float):
+    if torch.compiler.is_compiling() and isinstance(value, float):
         # As an argument of the op it would be a constant of the graph, which another value compiles
         # again; as a factor of a tensor it is an input. (torch.full would make it a constant too.)
         return 0.0, stat.new_ones(1) * value

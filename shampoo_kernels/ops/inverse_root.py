@@ -133,8 +133,8 @@ def _empty_results(A: Tensor) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape[0]), A.new_empty(A.shape[0], dtype=torch.int8)
 
 
-# On a CPU the Newton iteration is at least as fast as LAPACK up to this n, by the instruction set of
-# the native product (float32, p to 4, two Zen 5 cores, 2026-11-25), and ten times as accurate.
+# On a CPU the Newton iteration is at least as fast as LAPACK up to this n, by the instruction set
+# of the native product (float32, p to 4, two Zen 5 cores, 2026-11-25), and ten times as accurate.
 _NEWTON_LIMIT = {"avx512": sys.maxsize, "avx2": 128}
 
 
@@ -217,7 +217,8 @@ def _compute(
     if method == "auto":
         method = "eigh"
         if rank_rtol is None:
-            isa = native.lib.isa() if backend == "native" and A.dtype == torch.float32 else None
+            takes_native = backend == "native" and A.dtype == torch.float32
+            isa = native.lib.isa() if native.lib and takes_native else None
             method = root_method(A.device.type, isa, A.shape[-1], p, precision, ridge, floor)
         retry = retry or A.device.type == "cpu"
     results = (root, residual, status)

@@ -69,9 +69,9 @@ def _share_memory(A: Tensor, B: Tensor) -> bool:
     """
     if A.numel() == 0 or B.numel() == 0:
         return False
-    if A.device.type not in _ADDRESSED:
-        if A.untyped_storage().data_ptr() != B.untyped_storage().data_ptr():
-            return False
+    storages = A.untyped_storage().data_ptr(), B.untyped_storage().data_ptr()
+    if A.device.type not in _ADDRESSED and storages[0] != storages[1]:
+        return False
     counts: dict[int, int] = {}
     total = B.data_ptr() - A.data_ptr()
     for X, weight in ((A, 0), (B, 1)):
