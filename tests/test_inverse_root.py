@@ -90,7 +90,8 @@ def law(A, p, ridge, method, names):
     "condition": FIGURES hold where the schedule is made for that kappa, to a factor of 100. A
     backward error d moves the root of an eigenvalue at 1/kappa by d kappa/p; over a log-uniform
     spectrum the Frobenius norm averages that to 1/sqrt(1 + p) of it, which is given back where
-    eigenvalues pile up at the ridge. One eigenvalue of two or three is luck, so n > 3 only.
+    eigenvalues pile up at the ridge. Beyond the n of the figures rounding grows by sqrt(n). One
+    eigenvalue of two or three is luck, so n > 3 only.
 
     "singular tridiagonal": one eigenvalue lies at the ridge, its vector is constant, and all
     entries of a kind are equal, so that their rounding adds up where others' averages. To scale
@@ -115,7 +116,7 @@ def law(A, p, ridge, method, names):
         return torch.maximum(most, (4 + 28 * kappa) * UNIT)
     if method not in ("newton", "product"):
         return most
-    cap = 1.5 * figure(method, p, kappa)
+    cap = 1.5 * figure(method, p, kappa) * max(1, n / 512) ** 0.5
     for i, name in enumerate(names):
         if name.startswith("condition") and p <= 4:
             relative_to_ridge = float(name.split()[1]) * ridge
@@ -283,6 +284,29 @@ def test_an_iteration_falls_back_to_eigh():
         RootStatus.FAILED,
     ]
     assert torch.equal(result.root[0], inverse_root(A[0], 2, method="eigh").root)
+
+
+@pytest.mark.parametrize("method", ["newton", "product"])
+@pytest.mark.parametrize(
+    ("ridge", "floor", "dtype"),
+    [(1e-7, None, torch.float32), (0.0, None, torch.float32), (1e-6, 1e-4, torch.float64)],
+)
+def test_eigenvalues_below_the_design_floor_do_not_converge(method, ridge, floor, dtype):
+    """As the docstring says, with its three ways out; "auto" on a CPU is one of them."""
+    A = matrices.low_rank(64, 16).to(dtype)
+    options = {"ridge": ridge, "design_floor": floor}
+    failed = inverse_root(A, 2, method=method, **options)
+    assert failed.status == RootStatus.FAILED
+    assert failed.residual > 0.05
+    kept = inverse_root(A, 2, method=method, previous=torch.eye(64, dtype=dtype), **options)
+    assert kept.status == RootStatus.KEPT_PREVIOUS
+    retried = inverse_root(A, 2, method=method, fallback="eigh", **options)
+    assert retried.status == RootStatus.FELL_BACK
+    larger = inverse_root(A, 2, method=method, ridge=floor or 1e-6, design_floor=floor)
+    by_eigh, auto = (inverse_root(A, 2, method=x, **options) for x in ("eigh", "auto"))
+    for result in (larger, by_eigh, auto):
+        assert result.status == RootStatus.CONVERGED
+    assert torch.equal(by_eigh.root, auto.root)
 
 
 def test_pseudo_inverse(backend):

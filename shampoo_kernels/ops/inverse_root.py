@@ -51,10 +51,10 @@ def inverse_root(
 ) -> InverseRoot:
     """X with X^p (A + ridge*bound*I) = I for every block, bound = `eigenvalue_bound(A)`.
 
-    Numbers never raise: a block that is NaN, Inf, all zero or more indefinite than
-    -ridge*bound keeps `previous` where that is finite (KEPT_PREVIOUS), else becomes
-    bound^(-1/p)*I where the bound is positive and finite, else I (both FAILED). No block touches
-    another, and no root holds NaN or Inf. Every root is exactly symmetric.
+    Numbers never raise: a block that is NaN, Inf, all zero or more indefinite than -ridge*bound, or
+    on which an iteration does not converge, keeps `previous` where that is finite (KEPT_PREVIOUS),
+    else becomes bound^(-1/p)*I where the bound is positive and finite, else I (both FAILED). No
+    block touches another, and no root holds NaN or Inf. Every root is exactly symmetric.
 
     Args:
         A: (*, n, n) float32 or float64, symmetric; only the lower triangle is read.
@@ -62,11 +62,14 @@ def inverse_root(
             int, float or Fraction for "eigh".
         ridge: relative damping, >= 0.
         design_floor: smallest eigenvalue, relative to the bound, that the schedule of "newton" and
-            "product" is made for; smaller ones saturate. Default: ridge, at least 1e-6 in float32.
+            "product" is made for. Default: ridge, at least 1e-6 in float32. A block with smaller
+            ones after the ridge does not converge as a rule and keeps `previous` or FAILs: so do
+            rank-deficient blocks in float32 with a ridge below 1e-6, or with any design_floor well
+            above the ridge. Take a larger ridge, method="eigh" or fallback="eigh" for them.
         method: "newton" (coupled M-form), "product" (product form), "eigh", or "auto": "eigh" for
             a p that has no iteration; on a CPU "newton" where it is as fast as "eigh" (float32, p
-            to 4, ridge >= 1e-6, native kernels), with "eigh" for blocks on which it does not
-            converge, else "eigh"; on a GPU by precision.
+            to 4, ridge >= design_floor >= 1e-6, native kernels), with "eigh" for blocks on which it
+            does not converge, else "eigh"; on a GPU an iteration chosen by precision.
         precision: of float32 products on a GPU. "high" with "newton" needs a design_floor (by
             default the ridge) >= 1e-4, "medium" needs "product" and >= 1e-5. On any device
             "product" with p = 4 in float32 needs >= 1e-6.
@@ -75,7 +78,8 @@ def inverse_root(
         previous: (*, n, n), dtype of A: the roots to keep where a block fails.
         fallback: "previous", or "eigh": blocks on which an iteration did not converge are computed
             again (FELL_BACK).
-        out: (*, n, n), dtype of A, receives the roots; may be `previous`, not A.
+        out: (*, n, n), dtype of A, receives the roots; may be `previous`, else overlaps neither
+            itself nor an input.
 
     Returns:
         InverseRoot(root, residual, status). The residual is the method's own measure of
