@@ -215,26 +215,38 @@ def test_repeated_updates_are_an_average():
     torch.testing.assert_close(stat, grad @ grad.mT)
 
 
-def test_bits_of_a_block_depend_on_it_alone(backend):
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(70, 90), (9, 20), (300, 130)])
+def test_bits_of_a_block_depend_on_it_alone(backend, weighted, m, n, request):
     """Garbage neighbours on every path; permutation, batch size and threads on the native one."""
-    grad, old = draw(5, 70, 90), symmetric(5, 70, 70, seed=1)
-    stat = gram_ema_(old.clone(), grad, 0.9, 0.1, side="left")
-    garbage, grad_garbage = old.clone(), grad.clone()
-    garbage[[0, 2, 4]], grad_garbage[[0, 2, 4]] = torch.inf, torch.nan
-    with_garbage = gram_ema_(garbage, grad_garbage, 0.9, 0.1, side="left")
+    if (backend, weighted, m) == ("native", True, 9):
+        why = "G W is torch.matmul, whose bits depend on the batch size for small blocks"
+        request.applymarker(pytest.mark.xfail(reason=why))
+    grad, old = draw(5, m, n), symmetric(5, m, m, seed=1)
+    W = symmetric(5, n, n, seed=2) if weighted else None
+
+    def update(old, grad, W):
+        return gram_ema_(old.clone(), grad, 0.9, 0.1, side="left", weight=W)
+
+    stat = update(old, grad, W)
+    garbage, grad_garbage, W_garbage = old.clone(), grad.clone(), W.clone() if weighted else None
+    garbage[[0, 2, 4]], grad_garbage[[0, 2]] = torch.inf, torch.nan
+    if weighted:
+        W_garbage[[0, 4]] = torch.nan
+    with_garbage = update(garbage, grad_garbage, W_garbage)
     assert torch.equal(with_garbage[[1, 3]], stat[[1, 3]])
     if backend != "native":
         return
     order = torch.tensor([3, 1, 4, 0, 2])
-    permuted = gram_ema_(old[order], grad[order], 0.9, 0.1, side="left")
+    permuted = update(old[order], grad[order], W[order] if weighted else None)
     assert torch.equal(permuted, stat[order])
-    assert torch.equal(gram_ema_(old[2].clone(), grad[2], 0.9, 0.1, side="left"), stat[2])
+    assert torch.equal(update(old[2], grad[2], W[2] if weighted else None), stat[2])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = gram_ema_(old.clone(), grad, 0.9, 0.1, side="left")
+        one = update(old, grad, W)
         torch.set_num_threads(3)
-        three = gram_ema_(old.clone(), grad, 0.9, 0.1, side="left")
+        three = update(old, grad, W)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, stat)
