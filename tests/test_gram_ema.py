@@ -215,26 +215,35 @@ def test_repeated_updates_are_an_average():
     torch.testing.assert_close(stat, grad @ grad.mT)
 
 
-def test_bits_of_a_block_depend_on_it_alone(backend):
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(70, 90), (9, 20), (300, 130)])
+def test_bits_of_a_block_depend_on_it_alone(backend, weighted, m, n):
     """Garbage neighbours on every path; permutation, batch size and threads on the native one."""
-    grad, old = draw(5, 70, 90), symmetric(5, 70, 70, seed=1)
-    stat = gram_ema_(old.clone(), grad, 0.9, 0.1, side="left")
-    garbage, grad_garbage = old.clone(), grad.clone()
-    garbage[[0, 2, 4]], grad_garbage[[0, 2, 4]] = torch.inf, torch.nan
-    with_garbage = gram_ema_(garbage, grad_garbage, 0.9, 0.1, side="left")
+    grad, old = draw(5, m, n), symmetric(5, m, m, seed=1)
+    W = symmetric(5, n, n, seed=2) if weighted else None
+
+    def update(old, grad, W):
+        return gram_ema_(old.clone(), grad, 0.9, 0.1, side="left", weight=W)
+
+    stat = update(old, grad, W)
+    garbage, grad_garbage, W_garbage = old.clone(), grad.clone(), W.clone() if weighted else None
+    garbage[[0, 2, 4]], grad_garbage[[0, 2]] = torch.inf, torch.nan
+    if weighted:
+        W_garbage[[0, 4]] = torch.nan
+    with_garbage = update(garbage, grad_garbage, W_garbage)
     assert torch.equal(with_garbage[[1, 3]], stat[[1, 3]])
     if backend != "native":
         return
     order = torch.tensor([3, 1, 4, 0, 2])
-    permuted = gram_ema_(old[order], grad[order], 0.9, 0.1, side="left")
+    permuted = update(old[order], grad[order], W[order] if weighted else None)
     assert torch.equal(permuted, stat[order])
-    assert torch.equal(gram_ema_(old[2].clone(), grad[2], 0.9, 0.1, side="left"), stat[2])
+    assert torch.equal(update(old[2], grad[2], W[2] if weighted else None), stat[2])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = gram_ema_(old.clone(), grad, 0.9, 0.1, side="left")
+        one = update(old, grad, W)
         torch.set_num_threads(3)
-        three = gram_ema_(old.clone(), grad, 0.9, 0.1, side="left")
+        three = update(old, grad, W)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, stat)
@@ -257,12 +266,12 @@ S, G, W = torch.zeros(2, 4, 4), torch.ones(2, 4, 5), torch.ones(2, 5, 5)
     ((S, G.double(), 1, 1), {"side": "left"}, TypeError, "a float64 grad needs a float64 stat"),
     ((S.half(), G, 1, 1), {"side": "left"}, TypeError, "stat must be float64 or float32"),
     ((S, G.int(), 1, 1), {"side": "left"}, TypeError, "grad must be float64 or"),
-    ((S, G, "1", 1), {"side": "left"}, TypeError, "beta must be a float or a tensor, got str"),
-    ((S, G, 1, None), {"side": "left"}, TypeError, "alpha must be a float or a tensor"),
+    ((S, G, "1", 1), {"side": "left"}, TypeError, "beta must be a number or a tensor, got str"),
+    ((S, G, 1, None), {"side": "left"}, TypeError, "alpha must be a number or a tensor"),
     ((S, G, torch.ones(3), 1), {"side": "left"}, ValueError, "beta must have one element or 2"),
     ((S, G, 1, torch.ones(2, requires_grad=True)), {"side": "left"}, ValueError, "alpha requires"),
-    ((S, S, 1, 1), {"side": "left"}, ValueError, "stat is written in place and must not be grad"),
-    ((S[0].expand(2, 4, 4), G, 1, 1), {"side": "left"}, ValueError, "not be an expanded tensor"),
+    ((S, S, 1, 1), {"side": "left"}, ValueError, "is written in place and must not overlap grad"),
+    ((S[0].expand(2, 4, 4), G, 1, 1), {"side": "left"}, ValueError, "must not overlap itself"),
     ((S, None, 1, 1), {"side": "left"}, TypeError, "grad must be a tensor, got NoneType"),
     ((S.clone().requires_grad_(), G, 1, 1), {"side": "left"}, ValueError, "stat requires grad"),
 ])  # fmt: skip

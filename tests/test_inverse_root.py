@@ -7,11 +7,11 @@ from fractions import Fraction
 import matrices
 import pytest
 import torch
+from root_law import law, relative, truth
 
 from shampoo_kernels import InverseRoot, RootStatus, eigenvalue_bound, inverse_root, use_backend
 from shampoo_kernels.ops.inverse_root import root_method
 
-UNIT = 2.0**-24
 METHODS = [("eigh", p) for p in (1, 2, 4)] + [("newton", p) for p in (1, 2, 3, 4)]
 METHODS += [("product", p) for p in (1, 2, 4)]
 CASES = [("reference", *case) for case in METHODS] + [("native", "eigh", p) for p in (1, 2, 4)]
@@ -34,59 +34,10 @@ def stack(n):
     return list(made), torch.stack(list(made.values())).float()
 
 
-def truth(A, p, ridge):
-    """(root, condition number after the ridge), float64 eigh of A as it is rounded."""
-    values, vectors = torch.linalg.eigh(A.double())
-    shifted = values.clamp(min=0) + ridge * eigenvalue_bound(A).double()[..., None]
-    root = (vectors * shifted.pow(-1 / p)[..., None, :]) @ vectors.mT
-    return root, shifted.amax(-1) / shifted.amin(-1)
-
-
-def float32_eigh_error(A, p, ridge):
-    """What float32 eigh makes of it, with the ridge on the matrix or on the eigenvalues: the worst
-    of a few rescaled copies, since the error of one small matrix is a matter of luck."""
-    worst = torch.zeros(len(A), dtype=torch.float64)
-    copies = 40 if A.shape[-1] <= 3 else 4 if A.shape[-1] <= 128 else 1
-    for factor in torch.linspace(1.0, 1.95, copies).tolist():
-        scaled = A / (A.abs().amax((-2, -1), keepdim=True)) * factor
-        expected = truth(scaled, p, ridge)[0]
-        shift = ridge * eigenvalue_bound(scaled)[..., None]
-        eye = torch.eye(A.shape[-1])
-        for matrix, after in ((scaled, shift), (scaled + shift[..., None] * eye, 0)):
-            values, vectors = torch.linalg.eigh(matrix)
-            powers = (values + after).clamp(min=UNIT).pow(-1 / p)
-            root = (vectors * powers[..., None, :]) @ vectors.mT
-            worst = torch.maximum(worst, relative(root, expected))
-    return worst
-
-
-def law(A, p, ridge, method):
-    """Most that a float32 root may be off: 4u sqrt(kappa n), or twice float32 eigh's error.
-
-    The product form rounds two coupled iterates (sqrt(2)) and squares its p = 2 root for p = 1 (2).
-    Where most eigenvalues lie at the ridge, as Hilbert's do, an iteration's own rounding counts
-    whatever n is: 1.5 times what the M-form was measured at for p = 2 and kappa = 1e6 (3.7e-3),
-    in proportion to kappa/p. Up to n = 3 nothing averages over eigenvalues: there every one of at
-    most 14 steps may commit a backward error of 2u.
-    """
-    _, kappa = truth(A, p, ridge)
-    n = A.shape[-1]
-    factor = {"product": math.sqrt(2) * (2 if p == 1 else 1)}.get(method, 1.0)
-    most = torch.maximum(
-        2 * float32_eigh_error(A, p, ridge), 4 * factor * UNIT * (kappa * n).sqrt()
-    )
-    if method != "eigh":
-        most = torch.maximum(most, 1.5 * 3.7e-3 * (kappa / 1e6) * 2 / p)
-    return torch.maximum(most, (4 + 28 * kappa) * UNIT) if n <= 3 else most
-
-
 @functools.cache
 def law_of_families(n, p, ridge, method):
-    return law(stack(n)[1], p, ridge, method)
-
-
-def relative(X, Y):
-    return (X.double() - Y).flatten(-2).norm(dim=-1) / Y.flatten(-2).norm(dim=-1)
+    names, A = stack(n)
+    return law(A, p, ridge, method, names)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 33, 128])
@@ -107,9 +58,10 @@ def test_accuracy_law(backend, method, p, n, ridge):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["eigh", "newton", "product"])
 def test_accuracy_law_at_1000(method):
+    names = ("condition 1e4", "rank 16")
     A = torch.stack([matrices.condition(1000, 1e4), matrices.low_rank(1000, 16)]).float()
     result = inverse_root(A, 2, method=method)
-    assert (relative(result.root, truth(A, 2, 1e-6)[0]) <= law(A, 2, 1e-6, method)).all()
+    assert (relative(result.root, truth(A, 2, 1e-6)[0]) <= law(A, 2, 1e-6, method, names)).all()
     assert (result.status == RootStatus.CONVERGED).all()
 
 
@@ -126,11 +78,11 @@ def test_power_of_the_root_times_the_matrix_is_the_identity(backend, method, p):
 
 @pytest.mark.parametrize("p", [3, 5, 7, 16, 64])
 def test_newton_takes_any_integer_root(p):
-    A = matrices.condition(24, 1e4).float()
+    A = matrices.condition(24, 1e4).float()[None]
     result = inverse_root(A, p, ridge=1e-6, method="newton")
     expected, _ = truth(A, p, 1e-6)
     assert result.status == RootStatus.CONVERGED
-    assert relative(result.root, expected) < 3e-3
+    assert relative(result.root, expected) <= law(A, p, 1e-6, "newton", ["condition 1e4"])
 
 
 @pytest.mark.parametrize("p", [0.5, 1.5, Fraction(4, 3), 20])
@@ -232,6 +184,29 @@ def test_an_iteration_falls_back_to_eigh():
         RootStatus.FAILED,
     ]
     assert torch.equal(result.root[0], inverse_root(A[0], 2, method="eigh").root)
+
+
+@pytest.mark.parametrize("method", ["newton", "product"])
+@pytest.mark.parametrize(
+    ("ridge", "floor", "dtype"),
+    [(1e-7, None, torch.float32), (0.0, None, torch.float32), (1e-6, 1e-4, torch.float64)],
+)
+def test_eigenvalues_below_the_design_floor_do_not_converge(method, ridge, floor, dtype):
+    """As the docstring says, with its three ways out; "auto" on a CPU is one of them."""
+    A = matrices.low_rank(64, 16).to(dtype)
+    options = {"ridge": ridge, "design_floor": floor}
+    failed = inverse_root(A, 2, method=method, **options)
+    assert failed.status == RootStatus.FAILED
+    assert failed.residual > 0.05
+    kept = inverse_root(A, 2, method=method, previous=torch.eye(64, dtype=dtype), **options)
+    assert kept.status == RootStatus.KEPT_PREVIOUS
+    retried = inverse_root(A, 2, method=method, fallback="eigh", **options)
+    assert retried.status == RootStatus.FELL_BACK
+    larger = inverse_root(A, 2, method=method, ridge=floor or 1e-6, design_floor=floor)
+    by_eigh, auto = (inverse_root(A, 2, method=x, **options) for x in ("eigh", "auto"))
+    for result in (larger, by_eigh, auto):
+        assert result.status == RootStatus.CONVERGED
+    assert torch.equal(by_eigh.root, auto.root)
 
 
 def test_pseudo_inverse(backend):
@@ -414,7 +389,7 @@ EYE = torch.eye(4)
             TypeError,
             "out must be float32",
         ),
-        ((EYE, 2, {"out": EYE}), ValueError, "must not be A"),
+        ((EYE, 2, {"out": EYE}), ValueError, "must not overlap A"),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -110,6 +110,38 @@ def test_gram_error(dtype, n, k):
     assert ((got.double() - want).abs() <= (k + 4) * 2**-24 * size).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [384, 768, 1536])
+def test_gram_error_of_long_sums(dtype, k):
+    """No sum runs over more than D = 384 products: root mean square over diagonals, where all
+    terms have one sign.
+
+    Rounding at random is off by at most u / sqrt(3) of the sum so far, which over D additions makes
+    sqrt(D / 3) of that. bf16 products come in pairs, D / 2 additions, but squares of bf16 numbers
+    are 0 or 1 modulo 4 of their units, pairs 0, 1 or 2: to round a sum to a multiple of 4, which
+    it comes to after some hundred, takes 1/2 off, 1/8 ulp. An ulp being u / ln 2 of the sum on
+    average, D / 2 of these make D / 32 / ln 2.
+    """
+    G = random(2, 1, 65, k).to(dtype)
+    got = gram(torch.zeros(2, 65, 65), G, beta=0.0, alpha=1.0)
+    want = G[:, 0].double().square().sum(-1)
+    error = ((got.diagonal(dim1=1, dim2=2) - want) / want).square().mean().sqrt()
+    pairs = dtype == torch.bfloat16
+    at_random = math.sqrt(384 / (2 if pairs else 1) / 3) / math.sqrt(3)
+    downwards = 384 / 32 / math.log(2) if pairs else 0.0
+    assert error <= math.hypot(at_random, downwards) * 2**-24
+
+
+def test_gram_of_subnormal_bfloat16_numbers(isa):
+    """The bf16 pair instructions of a CPU take and give 0 for them; everything else is exact."""
+    flushed = isa == "avx512"
+    for numbers in ([2.0**-130, 2.0**100], [2.0**-65, 2.0**-62]):
+        G = torch.tensor(numbers, dtype=torch.float64)
+        product = G[0] * G[1]  # of a subnormal number, and subnormal
+        got = gram(torch.zeros(1, 2, 2), G.bfloat16().reshape(1, 1, 2, 1), beta=0.0, alpha=1.0)
+        assert got[0, 1, 0] == got[0, 0, 1] == (0 if flushed else product)
+
+
 def test_gram_of_special_16_bit_numbers():
     """Every fp16 value converts exactly, subnormals, Inf and NaN included."""
     bits = torch.arange(-(2**15), 2**15).to(torch.int16).reshape(1, 1, 256, 256)

@@ -5,11 +5,13 @@ from fractions import Fraction
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import shampoo_kernels as sk
+from shampoo_kernels.native import lib
 
 ops = torch.ops.shampoo_kernels
+BACKENDS = ["reference", *(["native"] if lib else [])]
 B, m, n, N = 3, 6, 5, 4
 
 
@@ -24,7 +26,7 @@ def spd(k, seed=0):
 
 
 def root_state():
-    return torch.empty(B, m, m), torch.empty(B), torch.empty(B, dtype=torch.int8)
+    return torch.zeros(B, m, m), torch.zeros(B), torch.zeros(B, dtype=torch.int8)
 
 
 MUON = [3.4445, -4.7750, 2.0315] * 2
@@ -33,8 +35,8 @@ CASES = {
     "gram_ema_": [
         lambda: ((spd(m), draw(B, m, n), 0.9, 0.1), {"side": "left"}),
         lambda: ((spd(n), draw(B, m, n).bfloat16(), 0.0, 0.0), {
-            "side": "right", "weight": spd(m), "beta_tensor": torch.rand(B),
-            "alpha_tensor": torch.rand(1), "precision": "high"}),
+            "side": "right", "weight": spd(m), "beta_tensor": draw(B).abs(),
+            "alpha_tensor": draw(1), "precision": "high"}),
         lambda: ((spd(m).double(), draw(B, n, m).mT.double(), 0.9, 0.1), {"side": "left"}),
     ],
     "eigenvalue_bound": [lambda: ((spd(m),), {}), lambda: ((spd(m).double().mT,), {})],
@@ -86,6 +88,24 @@ def test_every_op_has_a_case():
 @pytest.mark.parametrize(("name", "make"), ALL)
 def test_opcheck(name, make):
     torch.library.opcheck(getattr(ops, name).default, *make())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "make"), ALL)
+def test_autocast_changes_no_bit(name, make, dtype, backend):
+    """What an op multiplies in is its contract; autocast would make it bfloat16."""
+    results = []
+    for enabled in (False, True):
+        args, kwargs = make()
+        with torch.autocast("cpu", dtype, enabled=enabled), sk.use_backend(backend):
+            returned = getattr(ops, name)(*args, **kwargs)
+            assert torch.is_autocast_enabled("cpu") == enabled
+        results.append((args, kwargs, returned))
+    plain, cast = ([x for x in tree_leaves(r) if isinstance(x, torch.Tensor)] for r in results)
+    for expected, got in zip(plain, cast, strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
 
 
 def described(result):
@@ -193,3 +213,21 @@ def test_tensor_factors_make_no_new_graph():
         stat = compiled(torch.ones(B, m, m), draw(B, m, n), beta, alpha)
         torch.testing.assert_close(stat, update(torch.ones(B, m, m), draw(B, m, n), beta, alpha))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("beta_as", [float, torch.tensor])
+def test_float_factors_make_no_new_graph(beta_as):
+    """beta and alpha as Python floats may change from step to step: more values than the eight
+    graphs after which torch.compile gives up."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def update(stat, grad, beta, alpha):
+        return sk.gram_ema_(stat, grad, beta, alpha, side="left")
+
+    compiled = torch.compile(update, fullgraph=True, backend=counter)
+    for step in range(1, 10):
+        beta, alpha = beta_as(1 - 1 / step), 1 / step
+        stat = compiled(torch.ones(B, m, m), draw(B, m, n), beta, alpha)
+        torch.testing.assert_close(stat, update(torch.ones(B, m, m), draw(B, m, n), beta, alpha))
+    assert counter.frame_count <= 2  # the first has the first float as a constant

@@ -100,9 +100,25 @@ def test_lift_keeps_the_null_space(dtype):
     A = with_spectrum(values, basis(n)).to(dtype)
     Q = basis(n).to(dtype)
     eigenvalues, new = orthogonal_iteration(A, Q)
-    # A's rounding error, u, over the lift, 64*n*u (never below 1e-8), tilts a null direction.
-    torch.testing.assert_close(new[:, rank:], Q[:, rank:], rtol=0, atol=0.02)
+    # A's rounding error, at most u ‖A‖ (Frobenius, sqrt(rank)), over the lift tilts a direction.
+    eps = torch.finfo(dtype).eps
+    tilt = (new[:, rank:] - Q[:, rank:]).norm(dim=0).max()
+    assert tilt <= eps / 2 * rank**0.5 / max(1e-8, 64 * n * eps)
     torch.testing.assert_close(eigenvalues, values.to(dtype), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [2, 24])
+def test_lift_is_what_the_docstring_says(n, dtype):
+    """A = e eᵀ, q 45 degrees off: (A + lift*I) q has the slope lift / (1 + lift). The largest
+    estimate that the lift is relative to is qᵀAq = 1/2."""
+    A, Q = torch.zeros(n, n, dtype=dtype), torch.eye(n, dtype=dtype)
+    A[0, 0] = 1
+    Q[:2, :2] = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=dtype) / 2**0.5
+    _, new = orthogonal_iteration(A, Q)
+    eps = torch.finfo(dtype).eps
+    lift = max(1e-8, min(64 * n * eps, 1 / 8)) / 2
+    assert (new[1, 0] / new[0, 0]).item() == pytest.approx(lift / (1 + lift), rel=4 * eps / lift)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

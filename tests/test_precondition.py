@@ -77,6 +77,17 @@ def test_sum_of_a_million_squares():
     torch.testing.assert_close(squared, grad.double().square().sum(), rtol=2e-7, atol=0)
 
 
+def test_rows_are_summed_in_float64():
+    """4096 of weight 2^24 beside as many ones: a float32 sum of all squares drops some of those."""
+    grad = torch.ones(4096, 64)
+    grad[0] = 0
+    grad[0, 0] = 4096
+    assert precondition(grad, None, None)[1] == 2**24 + 4095 * 64
+    column = torch.full((1024, 1), 3e-22)  # whose squares are subnormal in float32
+    squared = precondition(column, None, None)[1].double()
+    torch.testing.assert_close(squared, column.double().square().sum(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(("scale", "expected"), [(1e18, 12e36), (1e-18, 12e-36), (1e20, torch.inf)])
 def test_range_of_the_norm(scale, expected):
     result, squared = precondition(torch.full((3, 4), scale), None, None)
@@ -141,8 +152,8 @@ G, L, R = torch.ones(2, 4, 5), torch.ones(2, 4, 4), torch.ones(2, 5, 5)
     ((G.int(), None, None), {}, TypeError, "grad must be float64 or float32"),
     ((G, L, R), {"out": G.double()}, TypeError, "out must be float32"),
     ((G, L, R), {"out": R}, ValueError, r"out must be \(2, 4, 5\) as grad"),
-    ((G, L, R), {"out": G}, ValueError, "out is written in place and must not be grad"),
-    ((G, L, R), {"out": G[:1].expand(2, 4, 5)}, ValueError, "must not be an expanded tensor"),
+    ((G, L, R), {"out": G}, ValueError, "out is written in place and must not overlap grad"),
+    ((G, L, R), {"out": G[:1].expand(2, 4, 5)}, ValueError, "must not overlap itself"),
     ((G, L, R), {"precision": "best"}, ValueError, "precision must be"),
     ((G.clone().requires_grad_(), L, R), {}, ValueError, "grad requires grad"),
     ((None, L, R), {}, TypeError, "grad must be a tensor"),

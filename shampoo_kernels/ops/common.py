@@ -1,7 +1,9 @@
 """What every op shares: the torch.library fragment, the checks, and their words."""
 
+import functools
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -17,12 +19,30 @@ def register(schema: str, implementation: Callable, fake: Callable) -> None:
     """Define `torch.ops.shampoo_kernels.<schema>` once for every device, with its fake.
 
     The implementation asks the chooser for a backend; implementation and fake make the same checks,
-    so that an op called directly is as safe as the public function in front of it.
+    so that an op called directly is as safe as the public function in front of it. Autocast does
+    not reach into it: what precision an op computes in is its contract.
     """
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema[: schema.index("(")]
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"shampoo_kernels::{name}", fake, lib=_LIBRARY)
+
+
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
+
+
+def _without_autocast(implementation: Callable) -> Callable:
+    """The same function of (tensor, ...) outside of autocast, which costs a look where off."""
+
+    @functools.wraps(implementation)
+    def run(first: Tensor, *args, **kwargs):
+        device = "cpu" if first.is_cpu else first.device.type
+        if not (_has_autocast(device) and torch.is_autocast_enabled(device)):
+            return implementation(first, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return implementation(first, *args, **kwargs)
+
+    return run
 
 
 def describe(tensor: Tensor) -> str:
@@ -35,14 +55,36 @@ def words(options: tuple) -> str:
     return " or ".join(f'"{o}"' if isinstance(o, str) else str(o) for o in options)
 
 
-def check_option(op: str, name: str, given: object, options: tuple) -> None:
-    if given not in options:
+def check_option(op: str, name: str, given: object, options: tuple[str, ...]) -> None:
+    if not isinstance(given, str) or given not in options:
         raise ValueError(f"{op}: {name} must be {words(options)}, got {given!r}")
 
 
-def check_integer(op: str, name: str, given: object) -> None:
-    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)):
+def check_integer(op: str, name: str, given: object, least: int | None = None) -> int:
+    """`given` as an int: any integer of 64 bits but a bool."""
+    if isinstance(given, bool) or not isinstance(given, (Integral, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {type(given).__name__}")
+    number = int(given)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{op}: {name} must fit into 64 bits, got an int that does not")
+    if least is not None and number < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {number}")
+    return number
+
+
+def check_number(op: str, name: str, given: object, expected: str = "a number") -> float:
+    """`given` as a float: any real number but a bool; NaN and Inf pass."""
+    if type(given) is float:  # spares the usual case the question of what a number is
+        return given
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"{op}: {name} must be {expected}, got {type(given).__name__}")
+    try:
+        return float(given)
+    except OverflowError:
+        raise ValueError(
+            f"{op}: {name} must be {expected} in the range of a float, "
+            f"got a larger {type(given).__name__}"
+        ) from None
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -51,23 +93,19 @@ def check_dtype(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, .
         raise TypeError(f"{op}: {name} must be {expected}, got {describe(tensor)}")
 
 
-def check_shape(op: str, name: str, tensor: Tensor, shape: tuple, why: str = "") -> None:
-    if tuple(tensor.shape) != tuple(shape):
-        why = f" {why}" if why else ""
-        raise ValueError(f"{op}: {name} must be {tuple(shape)}{why}, got {tuple(tensor.shape)}")
+def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], *why: object) -> None:
+    """`why` is said after the shape; a tensor in it stands for its own shape."""
+    if tensor.shape != shape:
+        said = " ".join(str(tuple(x.shape) if isinstance(x, Tensor) else x) for x in why)
+        expected = f"{tuple(shape)} {said}".rstrip()
+        raise ValueError(f"{op}: {name} must be {expected}, got {tuple(tensor.shape)}")
 
 
 def check_same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+    device = first.device
     for name, other in others.items():
-        if other is not None and other.device != first.device:
-            raise ValueError(f"{op}: {name} must be on {first.device}, got {other.device}")
-
-
-def check_apart(op: str, name: str, written: Tensor, **read: Tensor | None) -> None:
-    """What is written must not be what is read (implementations only: a fake has no memory)."""
-    for other_name, other in read.items():
-        if other is not None and written.numel() and other.data_ptr() == written.data_ptr():
-            raise ValueError(f"{op}: {name} is written in place and must not be {other_name}")
+        if other is not None and other.device != device:
+            raise ValueError(f"{op}: {name} must be on {device}, got {other.device}")
 
 
 def check_square(op: str, name: str, tensor: Tensor, batched: bool = True) -> None:
@@ -85,6 +123,9 @@ def check_tensors(op: str, *optional: str, **tensors: object) -> None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise ValueError(f"{op}: {name} must be a strided tensor, got layout {layout}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{op}: {name} requires grad, and nothing here is differentiable: "
@@ -101,8 +142,9 @@ def stack(tensor: Tensor, inner: int = 2) -> Tensor:
 
 def stack_view(op: str, name: str, tensor: Tensor) -> Tensor:
     """`stack` for a tensor that is written to: a view, or an error."""
-    if any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
-        raise ValueError(f"{op}: {name} is written in place and must not be an expanded tensor")
+    if not torch.compiler.is_compiling() and (tensor.is_neg() or tensor.is_conj()):
+        bit = "conjugate" if tensor.is_conj() else "negative"
+        raise ValueError(f"{op}: {name} is written in place and must not have the {bit} bit set")
     if tensor.ndim == 3:
         return tensor
     if tensor.ndim == 2:

@@ -1,10 +1,13 @@
 """Gram accumulation: stat <- beta*stat + alpha*G W Gᵀ."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common
+from shampoo_kernels.ops.overlap import check_apart
 from shampoo_kernels.ops.product import product
 
 SIDES = ("left", "right")
@@ -24,13 +27,14 @@ def gram_ema_(
     """Update Shampoo's statistic in place: stat <- beta*stat + alpha*G W Gᵀ; returns `stat`.
 
     Only the lower triangle of `stat` is read and both are written, so that it is exactly symmetric
-    afterwards. Products of 16-bit gradients are exact and summed in float32.
+    afterwards. Products of 16-bit gradients are exact and summed in float32. On CPUs with
+    AVX512-BF16 subnormal bfloat16 numbers and subnormal sums of their products count as zero.
 
     Args:
         stat: (*, m, m) for side="left", (*, n, n) for side="right"; float32, or float64.
         grad: (*, m, n), any strides; float32, bfloat16, float16, or float64 into a float64 `stat`.
-        beta: decay; a float, or a tensor of one element or of one per block (B,) on the device of
-            `stat`. Where it is 0, `stat` is not read.
+        beta: decay; a finite real number, or a real tensor of one element or of one per block (B,)
+            on the device of `stat`. Where it is 0, `stat` is not read.
         alpha: weight of the new term; as `beta`. Where it is 0, `grad` is not read.
         side: "left" for G W Gᵀ, "right" for Gᵀ W G.
         weight: W, (*, n, n) for side="left", (*, m, m) for side="right", symmetric, dtype of
@@ -38,13 +42,15 @@ def gram_ema_(
         precision: of float32 products on a GPU: "highest", "high" or "medium".
 
     Raises:
-        TypeError: a dtype that is not listed; ValueError: any other mismatch, or a tensor that
-        requires grad. Nothing is changed then.
+        TypeError: a dtype or type that is not listed; ValueError: any other mismatch, a tensor that
+        requires grad, or a `stat` that overlaps itself or an argument. Nothing is changed then.
 
     Source: Gupta, Koren, Singer 2018 (arXiv 1802.09568); the weight: Morwani et al. 2024
     (arXiv 2406.17748), one step of the power iteration.
     """
     common.check_tensors(_OP, "weight", stat=stat, grad=grad, weight=weight)
+    common.check_option(_OP, "side", side, SIDES)
+    common.check_option(_OP, "precision", precision, common.PRECISIONS)
     if stat.ndim < 2 or grad.ndim != stat.ndim or grad.shape[:-2] != stat.shape[:-2]:
         raise ValueError(
             f"{_OP}: stat (*, n, n) and grad (*, m, n) must share their batch dimensions, "
@@ -68,12 +74,20 @@ def gram_ema_(
 
 def _scalar(name: str, value: object, stat: Tensor) -> tuple[float, Tensor | None]:
     """A float, or a flat tensor in the dtype of `stat` that takes its place."""
-    common.check_tensors(_OP, **({name: value} if isinstance(value, Tensor) else {}))
     if isinstance(value, Tensor):
-        return 0.0, value.reshape(-1).to(stat.dtype)
-    if isinstance(value, (int, float)):
-        return float(value), None
-    raise TypeError(f"{_OP}: {name} must be a float or a tensor, got {type(value).__name__}")
+        common.check_tensors(_OP, **{name: value})
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{_OP}: {name} must be real, got {common.describe(value)}")
+        flat = value if value.ndim == 1 else value.reshape(-1)
+        return 0.0, flat if flat.dtype == stat.dtype else flat.to(stat.dtype)
+    if torch.compiler.is_compiling() and isinstance(value, float):
+        # As an argument of the op it would be a constant of the graph, which another value compiles
+        # again; as a factor of a tensor it is an input. (torch.full would make it a constant too.)
+        return 0.0, stat.new_ones(1) * value
+    number = common.check_number(_OP, name, value, "a number or a tensor")
+    if not math.isfinite(number):
+        raise ValueError(f"{_OP}: {name} must be finite, got {number}")
+    return number, None
 
 
 def accumulate_(
@@ -146,15 +160,15 @@ def _check(
         raise ValueError(f"{_OP}: grad must be (B, m, n), got {tuple(grad.shape)}")
     batch, m, n = grad.shape
     kept, summed = (m, n) if side == "left" else (n, m)
-    why = f'for grad {tuple(grad.shape)} with side="{side}"'
-    common.check_shape(_OP, "stat", stat, (batch, kept, kept), why)
+    why = ("for grad", grad, f'with side="{side}"')
+    common.check_shape(_OP, "stat", stat, (batch, kept, kept), *why)
     if weight is not None:
         common.check_dtype(_OP, "weight", weight, (stat.dtype,))
-        common.check_shape(_OP, "weight", weight, (batch, summed, summed), why)
+        common.check_shape(_OP, "weight", weight, (batch, summed, summed), *why)
     for name, factor in (("beta", beta_tensor), ("alpha", alpha_tensor)):
         if factor is not None:
             common.check_dtype(_OP, name, factor, (stat.dtype,))
-            if tuple(factor.shape) not in ((1,), (batch,)):
+            if factor.shape not in ((1,), (batch,)):
                 raise ValueError(
                     f"{_OP}: {name} must have one element or {batch}, one per block, "
                     f"got {tuple(factor.shape)}"
@@ -172,7 +186,7 @@ def _implementation(
         stat, grad, beta, alpha, side=side, weight=weight, beta_tensor=beta_tensor,
         alpha_tensor=alpha_tensor, precision=precision,
     )  # fmt: skip
-    common.check_apart(_OP, "stat", stat, grad=grad, weight=weight)
+    check_apart(_OP, "stat", stat, grad=grad, weight=weight, beta=beta_tensor, alpha=alpha_tensor)
     grads = (grad if side == "left" else grad.mT).unsqueeze(1)
     backend = choose(_OP, stat.device.type, stat.dtype)
     accumulate_(stat, grads, weight, beta, alpha, beta_tensor, alpha_tensor, backend=backend)

@@ -4,7 +4,6 @@ import enum
 import math
 import sys
 from fractions import Fraction
-from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from shampoo_kernels import native
 from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common, roots
+from shampoo_kernels.ops.overlap import check_apart, check_same_or_apart
 
 _OP = "inverse_root"
 METHODS = ("auto", "newton", "product", "eigh")
@@ -51,10 +51,10 @@ def inverse_root(
 ) -> InverseRoot:
     """X with X^p (A + ridge*bound*I) = I for every block, bound = `eigenvalue_bound(A)`.
 
-    Numbers never raise: a block that is NaN, Inf, all zero or more indefinite than
-    -ridge*bound keeps `previous` where that is finite (KEPT_PREVIOUS), else becomes
-    bound^(-1/p)*I where the bound is positive and finite, else I (both FAILED). No block touches
-    another, and no root holds NaN or Inf. Every root is exactly symmetric.
+    Numbers never raise: a block that is NaN, Inf, all zero or more indefinite than -ridge*bound, or
+    on which an iteration does not converge, keeps `previous` where that is finite (KEPT_PREVIOUS),
+    else becomes bound^(-1/p)*I where the bound is positive and finite, else I (both FAILED). No
+    block touches another, and no root holds NaN or Inf. Every root is exactly symmetric.
 
     Args:
         A: (*, n, n) float32 or float64, symmetric; only the lower triangle is read.
@@ -62,11 +62,14 @@ def inverse_root(
             int, float or Fraction for "eigh".
         ridge: relative damping, >= 0.
         design_floor: smallest eigenvalue, relative to the bound, that the schedule of "newton" and
-            "product" is made for; smaller ones saturate. Default: ridge, at least 1e-6 in float32.
+            "product" is made for. Default: ridge, at least 1e-6 in float32. A block with smaller
+            ones after the ridge does not converge as a rule and keeps `previous` or FAILs: so do
+            rank-deficient blocks in float32 with a ridge below 1e-6, or with any design_floor well
+            above the ridge. Take a larger ridge, method="eigh" or fallback="eigh" for them.
         method: "newton" (coupled M-form), "product" (product form), "eigh", or "auto": "eigh" for
             a p that has no iteration; on a CPU "newton" where it is as fast as "eigh" (float32, p
-            to 4, ridge >= 1e-6, native kernels), with "eigh" for blocks on which it does not
-            converge, else "eigh"; on a GPU by precision.
+            to 4, ridge >= design_floor >= 1e-6, native kernels), with "eigh" for blocks on which it
+            does not converge, else "eigh"; on a GPU an iteration chosen by precision.
         precision: of float32 products on a GPU. "high" with "newton" needs a design_floor (by
             default the ridge) >= 1e-4, "medium" needs "product" and >= 1e-5. On any device
             "product" with p = 4 in float32 needs >= 1e-6.
@@ -75,7 +78,8 @@ def inverse_root(
         previous: (*, n, n), dtype of A: the roots to keep where a block fails.
         fallback: "previous", or "eigh": blocks on which an iteration did not converge are computed
             again (FELL_BACK).
-        out: (*, n, n), dtype of A, receives the roots; may be `previous`, not A.
+        out: (*, n, n), dtype of A, receives the roots; may be `previous`, else overlaps neither
+            itself nor an input.
 
     Returns:
         InverseRoot(root, residual, status). The residual is the method's own measure of
@@ -96,7 +100,8 @@ def inverse_root(
     common.check_square(_OP, "A", A, batched=False)
     for name, tensor in (("previous", previous), ("out", out)):
         if tensor is not None:
-            common.check_shape(_OP, name, tensor, tuple(A.shape), "as A")
+            common.check_shape(_OP, name, tensor, A.shape, "as A")
+    _check_options(method, precision, fallback)
     arguments = {
         "ridge": _number("ridge", ridge),
         "design_floor": None if design_floor is None else _number("design_floor", design_floor),
@@ -119,9 +124,13 @@ def inverse_root(
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{_OP}: {name} must be a number, got {type(value).__name__}")
-    return float(value)
+    return common.check_number(_OP, name, value)
+
+
+def _check_options(method: object, precision: object, fallback: object) -> None:
+    common.check_option(_OP, "method", method, METHODS)
+    common.check_option(_OP, "precision", precision, common.PRECISIONS)
+    common.check_option(_OP, "fallback", fallback, FALLBACKS)
 
 
 def _empty_results(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,9 +172,7 @@ def _check(
 ) -> None:  # fmt: skip
     common.check_dtype(_OP, "A", A, common.MASTERS)
     common.check_square(_OP, "A", A)
-    common.check_option(_OP, "method", method, METHODS)
-    common.check_option(_OP, "precision", precision, common.PRECISIONS)
-    common.check_option(_OP, "fallback", fallback, FALLBACKS)
+    _check_options(method, precision, fallback)
     if previous is not None:
         common.check_dtype(_OP, "previous", previous, (A.dtype,))
         common.check_shape(_OP, "previous", previous, tuple(A.shape), "as A")
@@ -207,15 +214,10 @@ def _check_iteration(
         )
 
 
-def _implementation_(
+def _compute(
     root, residual, status, A, p, *, ridge=1e-6, design_floor=None, method="auto",
     precision="highest", rank_rtol=None, previous=None, fallback="previous",
 ) -> None:  # fmt: skip
-    _check_out(
-        root, residual, status, A, p, ridge=ridge, design_floor=design_floor, method=method,
-        precision=precision, rank_rtol=rank_rtol, previous=previous, fallback=fallback,
-    )  # fmt: skip
-    common.check_apart(_OP, "out", root, A=A)
     floor = _floor(A, ridge, design_floor)
     backend = choose(_OP, A.device.type, A.dtype)
     retry = fallback == "eigh"
@@ -247,10 +249,21 @@ def _fall_back(
 
 
 def _implementation(A, p, **options) -> tuple[Tensor, Tensor, Tensor]:
+    _check(A, p, **options)
     root = torch.empty(A.shape, dtype=A.dtype, device=A.device)
     residual, status = _empty_results(A)
-    _implementation_(root, residual, status, A, p, **options)
+    _compute(root, residual, status, A, p, **options)
     return root, residual, status
+
+
+def _implementation_(root, residual, status, A, p, **options) -> None:
+    _check_out(root, residual, status, A, p, **options)
+    previous = options.get("previous")
+    check_same_or_apart(_OP, "out", root, previous=previous)
+    check_apart(_OP, "out", root, A=A, residual=residual, status=status)
+    check_apart(_OP, "residual", residual, A=A, previous=previous, status=status)
+    check_apart(_OP, "status", status, A=A, previous=previous)
+    _compute(root, residual, status, A, p, **options)
 
 
 def _check_out(root, residual, status, A, p, **options) -> None:

@@ -46,6 +46,8 @@ def kronecker_power_step(
     common.check_tensors(_OP, grads=grads, left=left, right=right)
     if grads.ndim < 3:
         raise ValueError(f"{_OP}: grads must be (*, N, m, n), got {tuple(grads.shape)}")
+    common.check_option(_OP, "scheme", scheme, SCHEMES)
+    common.check_option(_OP, "precision", precision, common.PRECISIONS)
     *batch, _, m, n = grads.shape
     _check_factors(grads, left, right, (*batch, m, m), (*batch, n, n))
     new = torch.ops.shampoo_kernels.kronecker_power_step(
@@ -73,9 +75,8 @@ def _half_step(grads: Tensor, factor: Tensor, backend: str) -> Tensor:
 
 
 def _check_factors(grads: Tensor, left: Tensor, right: Tensor, m: tuple, n: tuple) -> None:
-    why = f"for grads {tuple(grads.shape)}"
-    common.check_shape(_OP, "left", left, m, why)
-    common.check_shape(_OP, "right", right, n, why)
+    common.check_shape(_OP, "left", left, m, "for grads", grads)
+    common.check_shape(_OP, "right", right, n, "for grads", grads)
 
 
 def _check(grads, left, right, *, scheme="simultaneous", precision="highest") -> None:

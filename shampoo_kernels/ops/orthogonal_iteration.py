@@ -36,7 +36,7 @@ def orthogonal_iteration(A: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, 
     common.check_tensors(_OP, A=A, Q=Q)
     common.check_square(_OP, "A", A, batched=False)
     common.check_shape(_OP, "Q", Q, tuple(A.shape), "as A")
-    common.check_integer(_OP, "steps", steps)
+    steps = common.check_integer(_OP, "steps", steps, least=1)
     eigenvalues, new = torch.ops.shampoo_kernels.orthogonal_iteration(
         common.stack(A), common.stack(Q), steps
     )

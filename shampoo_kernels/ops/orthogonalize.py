@@ -1,6 +1,7 @@
 """Orthogonalisation by matrix products: the polar factor, or the Newton-Schulz of Muon."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
@@ -12,6 +13,7 @@ from shampoo_kernels.ops.product import product
 from shampoo_kernels.schedules import minimax_coefficients
 
 _OP = "orthogonalize"
+_EXPECTED = "coefficients must be (a, b, c) or a sequence of such triples"
 _MUON_EPS = 1e-7  # Muon's guard against a zero norm
 # Smallest singular value, relative to the bound on the largest, that comes out as 1: a few rounding
 # errors. The floor is of its square, which is what the steps see.
@@ -55,30 +57,34 @@ def orthogonalize(
     common.check_tensors(_OP, G=G)
     if G.ndim < 2:
         raise ValueError(f"{_OP}: G must be (*, m, n), got {tuple(G.shape)}")
+    common.check_option(_OP, "precision", precision, common.PRECISIONS)
     flat = _flatten(steps, coefficients)
     result = torch.ops.shampoo_kernels.orthogonalize(common.stack(G), flat, precision=precision)
     return result.reshape(G.shape)
 
 
-def _flatten(steps: int | None, coefficients: Sequence | None) -> list[float] | None:
+def _flatten(steps: object, coefficients: object) -> list[float] | None:
     """a, b, c of every step in one list, as an operator's argument; None for the default."""
-    if steps is not None:
-        common.check_integer(_OP, "steps", steps)
-        if coefficients is None or not isinstance(coefficients[0], Real):
-            raise ValueError(f"{_OP}: steps must come with one triple of coefficients, got {steps}")
-        if steps < 1:
-            raise ValueError(f"{_OP}: steps must be at least 1, got {steps}")
-    if coefficients is None:
+    times = 5 if steps is None else common.check_integer(_OP, "steps", steps, least=1)
+    if coefficients is None and steps is None:
         return None
-    triples = list(coefficients)
-    if triples and isinstance(triples[0], Real):
-        triples = [triples] * (5 if steps is None else steps)
+    triples = [] if coefficients is None else _items(coefficients, coefficients)
+    single = bool(triples) and all(isinstance(c, Real) for c in triples)
+    if steps is not None and not single:
+        raise ValueError(f"{_OP}: steps must come with one triple of coefficients, got {steps}")
+    triples = [triples] * times if single else [_items(x, coefficients) for x in triples]
     if not triples or any(len(triple) != 3 for triple in triples):
-        raise ValueError(
-            f"{_OP}: coefficients must be (a, b, c) or a sequence of such triples, "
-            f"got {coefficients!r}"
-        )
-    return [float(c) for triple in triples for c in triple]
+        raise ValueError(f"{_OP}: {_EXPECTED}, got {coefficients!r}")
+    flat = [common.check_number(_OP, "coefficients", c, "numbers") for x in triples for c in x]
+    if not all(map(math.isfinite, flat)):
+        raise ValueError(f"{_OP}: coefficients must be finite, got {coefficients!r}")
+    return flat
+
+
+def _items(given: object, coefficients: object) -> list:
+    if isinstance(given, (str, bytes, dict, Tensor)) or not isinstance(given, Iterable):
+        raise TypeError(f"{_OP}: {_EXPECTED}, got {coefficients!r}")
+    return list(given)
 
 
 def _orthogonalize(G: Tensor, coefficients: list[float] | None) -> Tensor:

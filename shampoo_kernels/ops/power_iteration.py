@@ -33,8 +33,8 @@ def power_iteration(A: Tensor, steps: int = 10, vectors: int = 16) -> Tensor:
     """
     common.check_tensors(_OP, A=A)
     common.check_square(_OP, "A", A, batched=False)
-    for name, value in (("steps", steps), ("vectors", vectors)):
-        common.check_integer(_OP, name, value)
+    steps = common.check_integer(_OP, "steps", steps, least=1)
+    vectors = common.check_integer(_OP, "vectors", vectors, least=1)
     estimate = torch.ops.shampoo_kernels.power_iteration(common.stack(A), steps, vectors)
     return estimate.reshape(A.shape[:-2])
 

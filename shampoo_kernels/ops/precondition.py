@@ -5,6 +5,7 @@ from torch import Tensor
 
 from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common
+from shampoo_kernels.ops.overlap import check_apart
 from shampoo_kernels.ops.product import product
 
 _OP = "precondition"
@@ -27,7 +28,8 @@ def precondition(
         left: (*, m, m), or None for the identity; float64, float32 or bfloat16 (read in the dtype
             of the result).
         right: (*, n, n), or None for the identity; as `left`.
-        out: (*, m, n) in the dtype of the result, receives it; not one of the inputs.
+        out: (*, m, n) in the dtype of the result, receives it; overlaps neither itself nor an
+            input.
         precision: of float32 products on a GPU: "highest", "high" or "medium".
 
     Returns:
@@ -44,6 +46,7 @@ def precondition(
     common.check_tensors(_OP, "left", "right", "out", grad=grad, left=left, right=right, out=out)
     if grad.ndim < 2:
         raise ValueError(f"{_OP}: grad must be (*, m, n), got {tuple(grad.shape)}")
+    common.check_option(_OP, "precision", precision, common.PRECISIONS)
     _check_factors(grad, left, right)  # here, where the shapes are the caller's
     factors = (None if factor is None else common.stack(factor) for factor in (left, right))
     if out is None:
@@ -51,7 +54,7 @@ def precondition(
             common.stack(grad), *factors, precision=precision
         )
         return result.reshape(grad.shape), norm.reshape(grad.shape[:-2])
-    common.check_shape(_OP, "out", out, tuple(grad.shape), "as grad")
+    common.check_shape(_OP, "out", out, grad.shape, "as grad")
     norm = torch.ops.shampoo_kernels.precondition_(
         common.stack_view(_OP, "out", out), common.stack(grad), *factors, precision=precision
     )
@@ -84,8 +87,7 @@ def _check_factors(grad: Tensor, left: Tensor | None, right: Tensor | None) -> N
     *batch, m, n = grad.shape
     for name, factor, size in (("left", left, m), ("right", right, n)):
         if factor is not None:
-            why = f"for grad {tuple(grad.shape)}"
-            common.check_shape(_OP, name, factor, (*batch, size, size), why)
+            common.check_shape(_OP, name, factor, (*batch, size, size), "for grad", grad)
 
 
 def _check(grad, left, right, *, precision="highest") -> None:
@@ -103,13 +105,13 @@ def _check(grad, left, right, *, precision="highest") -> None:
 def _check_out(out, grad, left, right, *, precision="highest") -> None:
     _check(grad, left, right, precision=precision)
     common.check_dtype(_OP, "out", out, (_dtype(grad),))
-    common.check_shape(_OP, "out", out, tuple(grad.shape), "as grad")
+    common.check_shape(_OP, "out", out, grad.shape, "as grad")
     common.check_same_device(_OP, grad, out=out)
 
 
 def _implementation_(out, grad, left, right, *, precision="highest") -> Tensor:
     _check_out(out, grad, left, right, precision=precision)
-    common.check_apart(_OP, "out", out, grad=grad, left=left, right=right)
+    check_apart(_OP, "out", out, grad=grad, left=left, right=right)
     return _precondition_(out, grad, left, right)
 
 
