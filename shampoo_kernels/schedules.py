@@ -39,7 +39,7 @@ def minimax_coefficients(
         degree: of h in M, 1 or 2.
         tolerance: the schedule ends with the first step that leaves max |s - 1| at most this; from
             1e-14 to 0.1. The default suits float32; float64 wants 1e-14, one or two steps more.
-        cushion: in [0, 0.5). The plain optimum also throws eigenvalues that are already near 1
+        cushion: in [0, 0.9]. The plain optimum also throws eigenvalues that are already near 1
             back towards 0, to be won again from what rounding has left of them. With a cushion no
             step is designed for values of s below cushion * the largest, which keeps the others
             away from 0 at little or no cost in steps (the `cushion` of Polar Express).
@@ -66,8 +66,8 @@ def minimax_coefficients(
     if not 1e-14 <= tolerance <= 0.1:
         raise ValueError(f"{name}: tolerance must be in [1e-14, 0.1], got {tolerance!r}")
     _check_number(name, "cushion", cushion)
-    if not 0 <= cushion < 0.5:
-        raise ValueError(f"{name}: cushion must be in [0, 0.5), got {cushion!r}")
+    if not 0 <= cushion <= 0.9:
+        raise ValueError(f"{name}: cushion must be in [0, 0.9], got {cushion!r}")
     _check_number(name, "headroom", headroom)
     if not 0 <= headroom <= 0.1:
         raise ValueError(f"{name}: headroom must be in [0, 0.1], got {headroom!r}")

@@ -16,7 +16,7 @@ from shampoo_kernels.schedules import minimax_coefficients
 PRODUCT_ROOTS = iterations.PRODUCT_ROOTS
 CONVERGED, KEPT_PREVIOUS, FAILED = 0, 2, 3  # inverse_root.RootStatus
 RESIDUAL_LIMIT = 0.05
-_CUSHIONS = tuple(i / 50 for i in range(16))
+_CUSHIONS = (*(i / 50 for i in range(15)), *(i / 20 for i in range(6, 19)))
 
 
 def compute(
@@ -87,13 +87,14 @@ def schedule(
     method: str, floor: float, p: int, dtype: torch.dtype
 ) -> tuple[tuple[float, ...], ...]:
     """The minimax steps that take the fewest products in the M-form, and of those the largest
-    cushion; for the M-form at least p/20 (0.2 from p = 4). A step more than needed can make the
-    product form with p = 4 diverge.
+    cushion; for the M-form one of at least 10^(-3/p), because s = cushion is M = cushion^p, all
+    that is left to win a value back from. A step more than needed can make the product form with
+    p = 4 diverge.
 
-    s = cushion is M = cushion^p, all that is left to win a value back from. float32 M-form, floor
-    1e-6, condition 10: p = 2, n = 128, cushion 0.1: error 1.7e-6, none: 4.3e-5; p = 4, n = 33,
-    cushion 0.2: 1.6e-6, 0.14: 4.1e-6, none: 1.2e-4. The steps run to rounding, so that the
-    residual, that of the last step's input, is far below its limit.
+    float32 M-form, floor 1e-6, condition 10: p = 2, n = 128, cushion 0.1: error 1.7e-6, none:
+    4.3e-5; p = 4, n = 33, cushion 0.2: 1.6e-6, 0.14: 4.1e-6, none: 1.2e-4; p = 12, n = 24, cushion
+    0.7: 3e-7, 0.3: 4e-5. The steps run to rounding, so that the residual, that of the last step's
+    input, is far below its limit.
     """
     tolerance = 1e-7 if dtype == torch.float32 else 1e-14
 
@@ -105,7 +106,7 @@ def schedule(
     def make(degree: int, cushion: float) -> tuple[tuple[float, ...], ...]:
         return minimax_coefficients(floor, p, degree, tolerance=tolerance, cushion=cushion)
 
-    least = min(p / 20, 0.2) if method == "newton" else 0.0
+    least = 10 ** (-3 / p) if method == "newton" else 0.0
     cushions = (c for c in _CUSHIONS if c >= least)
     return make(*min(itertools.product((1, 2), cushions), key=cost))
 
