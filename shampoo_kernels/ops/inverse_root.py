@@ -121,6 +121,8 @@ def inverse_root(
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{_OP}: {name} must be a number, got {type(value).__name__}")
+    if isinstance(value, Fraction):  # Dynamo of torch 2.11 cannot trace float(Fraction)
+        return value.numerator / value.denominator
     return float(value)
 
 
