@@ -89,7 +89,7 @@ else
 	@grep -Ev '^(torch|setuptools|triton)==' constraints.txt > $(VENV)/constraints.txt
 endif
 ifeq ($(TORCH),installed)
-	@$(PYTHON) -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])' \
+	@$(PYTHON) -W ignore -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])' \
 	    > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/installed_torch.pth \
 	    || { echo 'TORCH=installed, but $(PYTHON) has no torch that can be imported'; exit 1; }
 else
