@@ -23,13 +23,18 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-TORCH_ADVICE = "pip install 'torch>=2.11' first, and if this comes again add --no-build-isolation"
+# With torch in the list, pip takes the setuptools that this torch accepts.
+REQUIREMENTS = "pip install 'torch>=2.11' 'setuptools>=77' ninja pybind11"
+TORCH_ADVICE = f"{REQUIREMENTS} first, and if this comes again add --no-build-isolation"
+if int(setuptools.__version__.split(".")[0]) < 77:  # they cannot read pyproject.toml
+    sys.exit(f"shampoo_kernels: setuptools {setuptools.__version__} is too old: {REQUIREMENTS}")
 
 FLAGS = "-O3 -std=c++20 -I$csrc"
 CXX_FLAGS = f"{FLAGS} -fPIC -fvisibility=hidden -Wall -Wextra"
@@ -138,8 +143,10 @@ def run(command: list[str]) -> str:
     if result.returncode:
         print(result.stdout, file=sys.stderr)
         lines = result.stdout.strip().splitlines() or ["no output"]
-        error = next((x for x in lines if re.search("error:|undefined|fatal", x)), lines[-1])
-        raise CannotBuild(f"the build failed: {error.strip()}")
+        # The compiler's first error, or else ninja's word on the step that failed.
+        patterns = "error:|undefined|fatal", "^FAILED:"
+        found = [x for pattern in patterns for x in lines if re.search(pattern, x)]
+        raise CannotBuild(f"the build failed: {(found or lines[-1:])[0].strip()}")
     return result.stdout
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from shampoo_kernels.commands import COMMANDS
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command; returns its status, or 2 where a requirement of its own is missing."""
+    """Run one command; returns its status: 2 where a requirement is missing, 130 on Ctrl-C."""
     parser = argparse.ArgumentParser("python -m shampoo_kernels")
     parser.description = shampoo_kernels.__doc__
     version = f"shampoo_kernels {shampoo_kernels.__version__}"
@@ -30,6 +31,9 @@ def main(argv: Sequence[str]) -> int:
         advice = f"pip install 'shampoo_kernels[{argv[0]}]'"
         print(f"{argv[0]} needs {error.name}, which is not installed: {advice}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{argv[0]}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch  # before _C, which finds its symbols in the libraries that torch has loaded
 
-NOT_BUILT = "not built: this is a source tree, `pip install --no-build-isolation -e .` builds it"
+NOT_BUILT = (
+    "not built: this is a source tree; `pip install torch 'setuptools>=77' ninja pybind11`, then "
+    "`pip install --no-build-isolation -e .` build it"
+)
 
 
 def _read_facts() -> dict[str, Any]:

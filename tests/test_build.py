@@ -134,6 +134,20 @@ def test_a_failing_compile_is_said_and_leaves_no_library(project):
     assert not list((project.root / "build").glob("lib*/shampoo_kernels/*.so"))
 
 
+def test_a_compiler_that_says_nothing_still_leaves_a_reason(project):
+    project.build(CXX="false")
+    why_not = project.facts["why_not"]
+    assert re.fullmatch(r"the build failed: FAILED: (\[code=1\] )?\S+\.cpp\.o ?", why_not)
+
+
+def test_old_setuptools_is_refused_with_the_command_that_helps(project):
+    project.write("old/sitecustomize.py", "import setuptools as s; s.__version__ = '65.5.0'")
+    result = project.run("build_ext", PYTHONPATH=str(project.root / "old"))
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "setuptools 65.5.0 is too old: pip install 'torch>=2.11' 'setuptools>=77' ninja" in line
+
+
 @needs_compiler
 def test_forced_means_forced(project):
     project.write("csrc/cpu/answer.cpp", "int answer() { return FORTY_TWO; }\n")
@@ -160,7 +174,7 @@ def test_an_old_torch_is_refused_in_one_line(project, version):
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert f"torch {version} in " in last
-    assert "too old: pip install 'torch>=2.11' first" in last
+    assert "too old: pip install 'torch>=2.11' 'setuptools>=77' ninja pybind11 first" in last
 
 
 @needs_nvcc

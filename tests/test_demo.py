@@ -3,7 +3,10 @@
 import gzip
 import json
 import math
+import re
+import shutil
 import struct
+import tarfile
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ import numpy as np
 from shampoo_kernels.__main__ import main
 from shampoo_kernels.commands import _data, _report, _results
 from shampoo_kernels.commands._training import Curve, layer_shapes, network, per_example_gradients
-from shampoo_kernels.commands.demo import Extent, measure
+from shampoo_kernels.commands.demo import Extent, _check_writable, measure
 from shampoo_kernels.study.kronecker import Cosines
 
 LAYERS = {"conv1": (16, 9), "conv2": (32, 144), "dense1": (64, 128), "dense2": (10, 64)}
@@ -165,7 +168,7 @@ def test_it_says_so_when_shampoo_wins():
     assert found["seconds to AdamW's loss"].verdict() == "equal"
     summary = one_line(_report.summary(result))
     assert (
-        "reaches AdamW's final validation loss after 1 steps or 2.00 s, AdamW itself after 2 "
+        "reaches AdamW's final validation loss after 1 step or 2.00 s, AdamW itself after 2 "
         in (summary)
     )
     assert "AdamW is better in every seed: milliseconds a step." in summary
@@ -231,6 +234,29 @@ def test_bad_options_are_refused_before_training(options, words, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_single_step_and_seed_are_singular():
+    text = _report.text(made_up([[1.0, 0.5]], [[1.0, 0.4]]))
+    assert "over seed 2\n" in text
+    assert "one every step;" in text
+    assert not re.search(r"\b1 steps|seeds \d+\b(?!,)", text)
+
+
+def test_a_link_to_no_file_yet_stays_a_link(tmp_path):
+    link, target = tmp_path / "link.png", tmp_path / "demo.png"
+    link.symlink_to(target)
+    _check_writable("--output", link, (".png",))
+    assert link.is_symlink()
+    assert not target.exists()
+
+
+def test_a_wrong_backend_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SHAMPOO_KERNELS_BACKEND", "fast")
+    assert main(["demo", "--output", str(tmp_path / "demo.png")]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("demo: SHAMPOO_KERNELS_BACKEND must be one of reference, native")
+    assert errors.count("\n") == 1
+
+
 def write_mnist(folder, images, labels):
     for name, array in zip(_data.MNIST_FILES, (images, labels), strict=True):
         header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape)
@@ -261,6 +287,44 @@ def test_mnist_and_cifar10_are_read_from_the_folder(tmp_path, monkeypatch):
     torch.testing.assert_close(data.train_images.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
     torch.testing.assert_close(data.train_images.std((0, 2, 3)), torch.ones(3), rtol=0, atol=1e-5)
     assert network(data.train_images, seed=0)(data.train_images).shape == (20, 10)
+
+
+def write_cifar10(folder, images, labels):
+    """The files of the binary version: a byte of label, then the image, one after the other."""
+    (folder / _data.CIFAR10_FOLDER).mkdir()
+    for name, _ in _data.CIFAR10_PARTS:
+        records = np.concatenate([labels[:, None], images.reshape(len(images), -1)], 1)
+        (folder / _data.CIFAR10_FOLDER / name).write_bytes(records.tobytes())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_binary_version_of_cifar10_is_read(packed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(_data.FOLDER, str(tmp_path))
+    monkeypatch.setattr(_data, "CIFAR10_PARTS", (("data_batch_1.bin", 6), ("test_batch.bin", 4)))
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (7, 3, 32, 32), dtype=np.uint8)
+    labels = np.arange(7, dtype=np.uint8)
+    write_cifar10(tmp_path, images, labels)
+    folder = tmp_path / _data.CIFAR10_FOLDER
+    if packed:
+        with tarfile.open(tmp_path / _data.CIFAR10_TAR, "w:gz") as tar:
+            tar.add(folder, folder.name)
+        shutil.rmtree(folder)
+    data = _data.load("cifar10")
+    assert data.train_labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert data.validation_labels.tolist() == [0, 1, 2, 3]
+    expected = torch.from_numpy(images[:6]).float()
+    mean, deviation = expected.mean((0, 2, 3)), expected.std((0, 2, 3))
+    for channel in range(3):  # (x - mean) / deviation, in float32
+        scaled = data.train_images[:, channel] * deviation[channel] + mean[channel]
+        torch.testing.assert_close(scaled, expected[:, channel], rtol=1e-5, atol=1e-3)
+
+    path = tmp_path / _data.CIFAR10_TAR if packed else folder / "test_batch.bin"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert main(["demo", "--data", "cifar10", "--output", str(tmp_path / "demo.png")]) == 1
+    errors = capsys.readouterr().err
+    assert path.name in errors
+    assert errors.count("\n") == 1
 
 
 def broken_files(kind, folder):

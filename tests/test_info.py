@@ -18,7 +18,7 @@ def test_info_names_every_op_and_what_serves_it(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert f"torch            {torch.__version__}\n" in text
-    table = text[text.index("\nbackends\n") :].splitlines()[2:]
+    table = text[text.index("\nbackends (float32: ") :].splitlines()[2:]
     expected = [
         (device, served.backend)
         for row in shampoo_kernels.backends().values()
@@ -73,6 +73,16 @@ def test_a_missing_extra_says_what_to_install(monkeypatch, capsys):
         "demo needs matplotlib, which is not installed: pip install 'shampoo_kernels[demo]'\n"
     )
     assert capsys.readouterr().err == expected
+
+
+def test_an_interrupted_command_is_one_line(monkeypatch, capsys):
+    def run(args):
+        raise KeyboardInterrupt
+
+    demo = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setitem(sys.modules, "shampoo_kernels.commands.demo", demo)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "demo: interrupted\n"
 
 
 def test_our_own_missing_module_is_not_explained_away(monkeypatch):

@@ -95,8 +95,8 @@ int64_t pack_along_k(const typename Reader::Source* source, const ProductChunk& 
 // what follows in memory, but never beyond the last element of the chunk; whatever comes into the
 // lanes of rows that do not exist, no sum of them is stored. Returns where it stopped.
 template <class T, int W, int R, class Reader>
-int64_t pack_along_n(const typename Reader::Source* source, const ProductChunk& chunk,
-                     int64_t rows, int64_t begin, int64_t end, T* panel) {
+int64_t pack_along_n(const typename Reader::Source* source, const ProductChunk& chunk, int64_t rows,
+                     int64_t begin, int64_t end, T* panel) {
   const int64_t beyond = rows < kWidth<W, R> ? kWidth<W, R> - rows : 0;
   for (; (begin + 1) * Reader::kPerStep <= chunk.depth && begin < end; ++begin) {
     if (beyond > (chunk.depth - (begin + 1) * Reader::kPerStep) * chunk.k_stride) break;

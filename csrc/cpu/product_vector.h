@@ -15,7 +15,7 @@
 
 #include "product_isa.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // wide vectors cross no ABI boundary: all is inlined
 #endif
 
@@ -66,7 +66,8 @@ SHAMPOO_INLINE To bits(const From& from) {
 }
 
 template <class V, int... L, class Pick>
-SHAMPOO_INLINE V shuffle(const V& a, const V& b, std::integer_sequence<int, L...>, Pick pick) {
+SHAMPOO_INLINE V shuffle(const V& a, const V& b, std::integer_sequence<int, L...>,
+                         [[maybe_unused]] Pick pick) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, Pick{}(L)...);
 #else

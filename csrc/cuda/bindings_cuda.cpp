@@ -19,7 +19,8 @@ cudaStream_t current_stream(const Tensor& on) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
   void* stream = nullptr;
   const int32_t device = on.get_device_index();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0,
+                  "no current CUDA stream on device ", device);
   return static_cast<cudaStream_t>(stream);
 }
 

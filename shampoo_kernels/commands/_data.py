@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -17,10 +18,23 @@ CLASSES = 10
 FOLDER = "SHAMPOO_KERNELS_DATA"
 MNIST_FILES = ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 CIFAR10_FILE = "cifar10_subset.npz"
+CIFAR10_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
+CIFAR10_FOLDER = "cifar-10-batches-bin"
+CIFAR10_TAR = "cifar-10-binary.tar.gz"  # of the folder: the official binary version
+CIFAR10_PARTS = (("data_batch_1.bin", 10_000), ("test_batch.bin", 1_000))  # images to use of each
+HELP = f"""
+mnist: {" and ".join(MNIST_FILES)}, the gzipped test files.
+cifar10: the binary version as {CIFAR10_TAR} or as the folder {CIFAR10_FOLDER} (of which
+{" and ".join(f"{count} images of {name}" for name, count in CIFAR10_PARTS)} are used), or
+{CIFAR10_FILE}: a NumPy archive of {", ".join(CIFAR10_KEYS)}, all uint8, images (N, 3, 32, 32),
+labels (N,).
+"""
 
 _SPLIT_SEED = 0
 T = TypeVar("T")
-_UNREADABLE = (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile)
+_UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile, tarfile.TarError
+)  # fmt: skip
 
 
 class DataError(Exception):
@@ -60,13 +74,17 @@ def _mnist() -> Data:
 
 
 def _cifar10() -> Data:
-    keys = [f"{part}_{kind}" for part in ("train", "test") for kind in ("images", "labels")]
-    arrays = _read(CIFAR10_FILE, lambda path: _npz(path, keys))
+    folder = Path(os.environ.get(FOLDER) or ".")
+    if (folder / CIFAR10_FOLDER).is_dir():
+        read = [_read(f"{CIFAR10_FOLDER}/{n}", Path.read_bytes) for n, _ in CIFAR10_PARTS]
+        arrays, name = _records(read), CIFAR10_FOLDER
+    elif (folder / CIFAR10_TAR).exists():
+        arrays, name = _read(CIFAR10_TAR, lambda path: _records(_members(path))), CIFAR10_TAR
+    else:
+        arrays, name = _read(CIFAR10_FILE, _npz), CIFAR10_FILE
     for images, labels in (arrays[:2], arrays[2:]):
-        _expect(
-            CIFAR10_FILE, images.ndim == 4 and images.shape[1:] == (3, 32, 32) and len(images) > 0
-        )
-        _expect(CIFAR10_FILE, labels.shape == images.shape[:1] and labels.max() < CLASSES)
+        _expect(name, images.ndim == 4 and images.shape[1:] == (3, 32, 32) and len(images) > 0)
+        _expect(name, labels.shape == images.shape[:1] and labels.max() < CLASSES)
     return _standardised("CIFAR-10 (subset)", *arrays)
 
 
@@ -116,9 +134,26 @@ def _idx(path: Path) -> np.ndarray:
     return np.frombuffer(content[header:], np.uint8).reshape(shape)
 
 
-def _npz(path: Path, keys: list[str]) -> list[np.ndarray]:
+def _npz(path: Path) -> list[np.ndarray]:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        return [archive[key] for key in keys]
+        return [archive[key] for key in CIFAR10_KEYS]
+
+
+def _members(path: Path) -> list[bytes]:
+    with tarfile.open(path, "r:gz") as tar:
+        files = [tar.extractfile(f"{CIFAR10_FOLDER}/{name}") for name, _ in CIFAR10_PARTS]
+        return [file.read() if file else b"" for file in files]
+
+
+def _records(contents: list[bytes]) -> list[np.ndarray]:
+    """Images and labels of the parts; a record is a label, then three planes of 32 x 32 bytes."""
+    arrays = []
+    for content, (name, count) in zip(contents, CIFAR10_PARTS, strict=True):
+        if len(content) % 3073:
+            raise DataError(f"{name} in {FOLDER} has {len(content)} bytes, no multiple of 3073")
+        records = np.frombuffer(content, np.uint8).reshape(-1, 3073)[:count]
+        arrays += [records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]]
+    return arrays
 
 
 def _expect(name: str, holds: bool) -> None:

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from shampoo_kernels.commands._report import seeds_text, steps_text
 from shampoo_kernels.commands._results import (
     APPROXIMATIONS,
     BASELINE,
@@ -38,8 +39,8 @@ def draw(result: Result, path: Path) -> None:
     FigureCanvasAgg(figure)
     settings = result.settings
     figure.suptitle(
-        f"AdamW and Shampoo on {settings['data']}: {settings['steps']} steps, "
-        f"seeds {', '.join(str(trace.seed) for trace in result.traces)}"
+        f"AdamW and Shampoo on {settings['data']}: {steps_text(settings['steps'])}, "
+        f"{seeds_text(trace.seed for trace in result.traces)}"
     )
     above, below = figure.subfigures(2, 1, height_ratios=(1.2, 1), squeeze=False)[:, 0]
     by_step, by_second = above.subplots(1, 2, sharey=True)

@@ -58,20 +58,22 @@ def cosine_table(result: Result) -> str:
 def text(result: Result) -> str:
     """All that is printed: what was run, three tables, the summary."""
     settings = result.settings
-    seeds = _list(trace.seed for trace in result.traces)
+    seeds = seeds_text(trace.seed for trace in result.traces)
+    every = settings["evaluated_every"]
+    every = "step" if every == 1 else f"{every:.3g} steps"
     return f"""\
 AdamW and Shampoo on {settings["data"]}: {settings["training_images"]} images to train on, \
 {settings["validation_images"]} to validate;
-{settings["steps"]} steps of {settings["batch_size"]} images; threads: {settings["threads"]}
+{steps_text(settings["steps"])} of {settings["batch_size"]} images; threads: {settings["threads"]}
 
-Tuning: final validation loss, mean over seeds {_list(settings["tuning_seeds"])} (* the lowest)
+Tuning: final validation loss, mean over {seeds_text(settings["tuning_seeds"])} (* the lowest)
 {tuning_table(result)}
 
-Comparison: mean ± standard deviation over seeds {seeds}
+Comparison: mean ± standard deviation over {seeds}
 {comparison_table(result)}
 "to {BASELINE}'s loss": the first evaluation at or below {BASELINE}'s final validation loss of the \
 same seed,
-median over the seeds; one every {settings["evaluated_every"]:.3g} steps; seconds: of forward, \
+median over the seeds; one every {every}; seconds: of forward, \
 backward and optimizer alone
 
 Cosine with E[ggᵀ] after Shampoo's last step, median over the seeds. E: the mean over \
@@ -83,8 +85,15 @@ paper's Hessian view with real labels, one example a batch)
 {summary(result)}"""
 
 
-def _list(seeds: Iterable[int]) -> str:
-    return ", ".join(map(str, seeds))
+def seeds_text(seeds: Iterable[int]) -> str:
+    """ "seed 2" or "seeds 2, 3"."""
+    names = list(map(str, seeds))
+    return f"seed{'s' * (len(names) > 1)} {', '.join(names)}"
+
+
+def steps_text(count: float) -> str:
+    """ "1 step" or "2 steps"."""
+    return "1 step" if count == 1 else f"{count:.0f} steps"
 
 
 def numbers(result: Result) -> Any:
@@ -124,9 +133,9 @@ def _speed(result: Result) -> str:
     steps, seconds, *_ = comparison(result)
     goal = f"{BASELINE}'s final validation loss"
     if math.isinf(steps.typical(CANDIDATE)):
-        return f"{CANDIDATE} does not reach {goal} in {result.settings['steps']} steps."
+        return f"{CANDIDATE} does not reach {goal} in {steps_text(result.settings['steps'])}."
     ours, theirs = (
-        f"{steps.typical(name):.0f} steps or {seconds.typical(name):.2f} s"
+        f"{steps_text(steps.typical(name))} or {seconds.typical(name):.2f} s"
         for name in (CANDIDATE, BASELINE)
     )
     return (

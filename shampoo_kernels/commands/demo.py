@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from shampoo_kernels import backends
 from shampoo_kernels.commands import _data, _report, _results
 from shampoo_kernels.commands._plots import draw
 from shampoo_kernels.commands._training import (
@@ -67,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         choices=_data.DATASETS,
         default="digits",
-        help="digits: 8 x 8 images that come with scikit-learn (default); mnist, cifar10: "
-        f"{', '.join(_data.MNIST_FILES)} or {_data.CIFAR10_FILE} from the folder in the "
-        f"environment variable {_data.FOLDER} (larger images: several times as long)",
+        help="digits: 8 x 8 images that come with scikit-learn (default). The others are read from "
+        f"the folder in the environment variable {_data.FOLDER} and take several times as long. "
+        f"{_data.HELP}",
     )
     add("--steps", type=int, help=f"of every run (default {DEFAULT.steps}; quick {QUICK.steps})")
     add(
@@ -100,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     """The whole demo; 0, or 1 and one line on stderr where an option or the data is no good."""
     try:
         extent = _extent(args)
+        _check_backend()
         _check_writable("--output", args.output, IMAGE_SUFFIXES)
         if args.json is not None:
             _check_writable("--json", args.json, (".json",))
@@ -206,14 +209,23 @@ def _extent(args: argparse.Namespace) -> Extent:
     return replace(extent, **{name: value for name, value in given.items() if value is not None})
 
 
+def _check_backend() -> None:
+    """SHAMPOO_KERNELS_BACKEND names one that is here."""
+    try:
+        backends()
+    except (ValueError, RuntimeError) as error:
+        raise OptionError(str(error)) from None
+
+
 def _check_writable(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
     """An error now rather than after the training; an existing file is left as it is."""
     if path.suffix.lower() not in suffixes:
         raise OptionError(f"{option} must end in {' or '.join(suffixes)}, got {path}")
-    new = not path.exists()
+    target = Path(os.path.realpath(path))  # a link to a file that is not there yet stays a link
+    new = not target.exists()
     try:
-        path.open("ab").close()
+        target.open("ab").close()
     except OSError as error:
         raise OptionError(f"{option} cannot be written: {error}") from None
     if new:
-        path.unlink()
+        target.unlink()

@@ -17,6 +17,8 @@ from shampoo_kernels import native
 # What the kernels ask for, as /proc/cpuinfo spells it.
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 
+BACKENDS = "backends (float32: statistics, factors and results; gradients have 16 or 32 bits there)"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the same facts for a program")
@@ -57,7 +59,7 @@ def as_text(facts: dict[str, Any]) -> str:
     for title in ("versions", "machine", "native", "environment"):
         lines += [title] * bool(facts[title])
         lines += [f"  {key:<16} {_join(value)}" for key, value in facts[title].items()]
-    lines += ["backends"]
+    lines += [BACKENDS]
     for op, row in facts["backends"].items():
         for device, served in row.items():
             lines.append(f"  {op:<22} {device:<6} {served['backend']:<10} {served['reason']}")
@@ -105,6 +107,7 @@ def _native() -> dict[str, Any]:
         "stable ABI": f"torch {built['torch_target']} or later, built with {native.facts['torch']}",
         "built for": built["isas"],
         "usable here": native.lib.isas(),
+        "avx512-generic": "the avx512 code without its instructions, for tests on any CPU",
         "in use": native.lib.isa(),
         "LAPACK": "one call per block" if native.lib.has_lapack() else "not exported by this torch",
         "CUDA C++": f"{archs}: built, unproven" if archs else f"not built: {cuda_why_not}",

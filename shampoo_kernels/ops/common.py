@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from numbers import Integral, Real
 
 import torch
@@ -79,6 +80,8 @@ def check_number(op: str, name: str, given: object, expected: str = "a number") 
     if isinstance(given, bool) or not isinstance(given, Real):
         raise TypeError(f"{op}: {name} must be {expected}, got {type(given).__name__}")
     try:
+        if isinstance(given, Fraction):  # Dynamo of torch 2.11 cannot trace float(Fraction)
+            return given.numerator / given.denominator
         return float(given)
     except OverflowError:
         raise ValueError(
