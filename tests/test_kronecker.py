@@ -91,7 +91,7 @@ def test_cosine_of_any_pair_against_dense(shape):
 def test_chunks_change_nothing(monkeypatch):
     grads = gradients(23, 4, 5)
     whole = cosines(grads)
-    monkeypatch.setattr("shampoo_kernels.study.kronecker._CHUNK", 100)  # 5 rows, 4 rows of the Gram
+    monkeypatch.setattr("shampoo_kernels.study.gradients.CHUNK", 100)  # 5 rows, 4 rows of the Gram
     assert cosines(grads) == pytest.approx(whole, abs=TOLERANCE)
 
 
