@@ -1,12 +1,13 @@
 """How good the Kronecker approximation of a layer is: measurements, not part of any optimizer.
 
 `sample` makes gradients of the layers of a model, `GradientHistory` keeps those of a training run;
-`measure` compares every approximation of H = E[ggᵀ] with it.
+`measure` compares every approximation of H = E[ggᵀ] with it; `KroneckerProbe` does all that along
+the training of your own model.
 """
 
 from shampoo_kernels.study.approximations import NAMES, approximations, fixed_point
 from shampoo_kernels.study.factored import FactoredGradients
-from shampoo_kernels.study.gradients import DenseGradients, Gradients
+from shampoo_kernels.study.gradients import DenseGradients, Gradients, Unmeasurable
 from shampoo_kernels.study.history import GradientHistory
 from shampoo_kernels.study.kronecker import (
     Cosines,
@@ -18,6 +19,7 @@ from shampoo_kernels.study.kronecker import (
 )
 from shampoo_kernels.study.layers import layer_names
 from shampoo_kernels.study.measure import Measurement, Spectrum, measure
+from shampoo_kernels.study.probe import KroneckerProbe
 from shampoo_kernels.study.sampling import sample
 from shampoo_kernels.study.spectrum import SingularValues, cosine_bound, singular_values
 
@@ -28,10 +30,12 @@ __all__ = [
     "FactoredGradients",
     "GradientHistory",
     "Gradients",
+    "KroneckerProbe",
     "Measurement",
     "OptimalKronecker",
     "SingularValues",
     "Spectrum",
+    "Unmeasurable",
     "approximations",
     "cosine",
     "cosine_bound",

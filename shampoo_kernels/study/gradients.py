@@ -17,6 +17,10 @@ from shampoo_kernels.ops import common, gram_ema
 CHUNK = 1 << 22  # elements of one temporary: 32 MiB in float64
 
 
+class Unmeasurable(ValueError):
+    """Gradients, or a factor, that are zero everywhere or not finite: H has no direction."""
+
+
 class Gradients(abc.ABC):
     """`count` gradients G (m, n) of one layer, known through moments; E is the mean over them.
 
@@ -172,15 +176,17 @@ def as_gradients(op: str, grads: Tensor | Gradients) -> Gradients:
 
 
 def check_size(op: str, name: str, largest: float) -> None:
-    """`largest` is the largest absolute entry, NaN where there is a NaN."""
+    """Raise Unmeasurable; `largest` is the largest absolute entry, NaN where there is a NaN."""
     check_finite(op, name, largest)
     if largest == 0:
-        raise ValueError(f"{op}: {name} is zero everywhere: there is no cosine with a zero matrix")
+        raise Unmeasurable(
+            f"{op}: {name} is zero everywhere: there is no cosine with a zero matrix"
+        )
 
 
 def check_finite(op: str, name: str, largest: float) -> None:
     if not largest < float("inf"):
-        raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
+        raise Unmeasurable(f"{op}: {name} must be finite, got NaN or infinity")
 
 
 def _split(whole: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:

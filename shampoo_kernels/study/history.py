@@ -37,7 +37,7 @@ class GradientHistory:
                 f"got {tuple(matrix.shape)}"
             )
         self._past.append(matrix)
-        if self.beta ** len(self._past) < _NEGLIGIBLE:
+        if self.beta ** (len(self._past) - 1) < _NEGLIGIBLE:
             del self._past[0]
 
     def gradients(self, dtype: torch.dtype = torch.float64) -> Gradients:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shampoo_kernels.study.approximations import approximations
+from shampoo_kernels.study.approximations import approximations, tolerance
 from shampoo_kernels.study.gradients import Gradients, as_gradients
 from shampoo_kernels.study.kronecker import optimal_kronecker
 from shampoo_kernels.study.spectrum import cosine_bound, singular_values
@@ -97,8 +97,8 @@ def measure(
 
 
 def _spectrum(grads: Gradients) -> Spectrum:
-    values = singular_values(grads, tol=1e-6)
-    best = optimal_kronecker(grads, tol=1e-6)
+    values = singular_values(grads, tol=tolerance(grads))
+    best = optimal_kronecker(grads, tol=tolerance(grads))
     traces = float(best.left.trace()), float(best.right.trace())
     sigmas = values.first, values.symmetric[1]
     norm = grads.norm * grads.scale**2

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shampoo_kernels.study.collecting import Collector
 from shampoo_kernels.study.gradients import Gradients
@@ -141,4 +142,5 @@ def _per_example(
         back = torch.func.vjp(outputs, weights)[1]
         return torch.func.vmap(lambda one: back(one)[0])(given)
 
-    return torch.func.vmap(gradients)(inputs, cotangents)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no rule for vmap
+        return torch.func.vmap(gradients)(inputs, cotangents)

@@ -73,7 +73,7 @@ def sample(
 
     def cotangents(outputs: Tensor, start: int) -> Tensor:
         wanted = None if targets is None else targets[start : start + len(outputs)]
-        return _cotangents(outputs, wanted, loss, labels, generator, found)
+        return cotangents_of(outputs, wanted, loss, labels, generator, found)
 
     return pull_back(
         model, found, inputs, cotangents, batch_size=batch_size, chunk=chunk, max_bytes=max_bytes,
@@ -81,7 +81,7 @@ def sample(
     )  # fmt: skip
 
 
-def _cotangents(
+def cotangents_of(
     outputs: Tensor,
     targets: Tensor | None,
     loss: Loss,

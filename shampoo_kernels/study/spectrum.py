@@ -56,28 +56,40 @@ def singular_values(
         grads.shape[1], grads.shape[1], generator=torch.Generator().manual_seed(0),
         dtype=torch.float64,
     ).to(grads.device, grads.dtype)  # fmt: skip
-    values, converged = _lanczos(grads, start + start.mT, count, tol, max_steps, 0.0)
-    largest, also = _lanczos(grads, start - start.mT, 1, tol, max_steps, values[0])
+    values, converged = _lanczos(grads, start, 1, count, tol, max_steps, 0.0)
+    largest, also = _lanczos(grads, start, -1, 1, tol, max_steps, values[0])
     real = grads.scale**2
     return SingularValues([v * real for v in values], largest[0] * real, converged and also)
 
 
 def _lanczos(
-    grads: Gradients, start: Tensor, count: int, tol: float, max_steps: int, largest: float
+    grads: Gradients,
+    start: Tensor,
+    sign: int,
+    count: int,
+    tol: float,
+    max_steps: int,
+    largest: float,
 ) -> tuple[list[float], bool]:
-    """(values, converged); `largest`: sigma_1 where it is known to be larger than what is here."""
-    if min(grads.shape) == 1 and not start.diagonal().any():
+    """(values, converged) on the matrices A = sign * Aᵀ; `largest`: sigma_1 of all, where known.
+
+    Every image is put back onto these matrices: rounding leaves a little of the others in it,
+    which Ĥ would multiply, step by step, by a larger singular value than any here.
+    """
+    if sign < 0 and min(grads.shape) == 1:
         return [0.0] * count, True  # there are no antisymmetric matrices of one row
     lefts: list[Tensor] = []
-    rights = [start / start.norm()]
+    rights = [_next(start + sign * start.mT, [])[0]]
     alphas: list[float] = []
     betas: list[float] = []
     values = torch.zeros(count)
     for step in range(1, max_steps + 1):
-        u, alpha = _next(grads.left(rights[-1]), lefts)
+        image = grads.left(rights[-1])
+        u, alpha = _next((image + sign * image.mT) / 2, lefts)
         lefts.append(u)
         alphas.append(alpha)
-        v, beta = _next(grads.right(u), rights)
+        image = grads.right(u)
+        v, beta = _next((image + sign * image.mT) / 2, rights)
         bidiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
         bidiagonal += torch.diag(torch.tensor(betas, dtype=torch.float64), 1)
         P, values, _ = torch.linalg.svd(bidiagonal)
