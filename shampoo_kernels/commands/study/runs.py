@@ -1,4 +1,4 @@
-"""One run of the study: a setting trained from one seed, measured along the way, and kept in a file.
+"""One run of the study: a setting trained from one seed, measured along the way, kept in a file.
 
 What is stored is plain numbers; tables, plots and claims are made from the files alone.
 """
@@ -177,12 +177,16 @@ def read(path: Path, setting: Setting) -> dict[str, Any] | None:
     return found if same else None
 
 
-def write(path: Path, text: str) -> None:
+def as_json(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=1)
+
+
+def write(path: Path, content: str | bytes) -> None:
     """All of it or nothing: a run that is stopped meanwhile leaves the old file, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
