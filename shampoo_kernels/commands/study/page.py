@@ -24,7 +24,8 @@ table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; display: b
         overflow-x: auto; }
 th, td { border-bottom: 1px solid #ddd; padding: 0.3rem 0.6rem; text-align: left;
          vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, td.text { white-space: nowrap; }
 .verdict { font-weight: 600; white-space: nowrap; }
 .yes { color: #00664d; } .no { color: #a33a00; } .partly { color: #1a1a1a; }
 small, figcaption { color: #444; } figure { margin: 1rem 0; } code { background: #f2f2f2; }
@@ -65,6 +66,8 @@ def render(runs: Runs, claims: list[Claim], pictures: dict[str, bytes], left_out
         '(<a href="https://arxiv.org/abs/2406.17748">arXiv 2406.17748</a>), measured on '
         f"{len(runs)} settings with {len(seeds)} seeds each. Every number and every verdict here "
         "is computed from these runs.</p>",
+        "<h2>What is measured</h2>",
+        WHAT,
         "<h2>The claims</h2>",
         _claims([claim for claim in claims if claim.from_the_abstract]),
         "<h3>Also said in the paper</h3>",
@@ -74,8 +77,6 @@ def render(runs: Runs, claims: list[Claim], pictures: dict[str, bytes], left_out
         "where the seeds do not agree. The output layer of a classifier of two classes is exactly "
         "a Kronecker product by construction (see below) and is no case of a claim about "
         "closeness.</small></p>",
-        "<h2>What is measured</h2>",
-        WHAT,
         "<h2>Along training</h2>",
         _figure("overview.png", pictures, "One layer of every setting. Lines: mean over the seeds; "
                 "shaded: from the lowest to the highest seed. Where Shampoo² cannot be seen, it "
@@ -90,7 +91,7 @@ def render(runs: Runs, claims: list[Claim], pictures: dict[str, bytes], left_out
         "the last term grows with B.</p>",
         _figure("tricks.png", pictures, "Points: statistics of a fixed number of batches; bars: "
                 "from the lowest to the highest seed. Dashed: what infinitely many batches would "
-                "give. Points below their dashed line lack samples; they are not biased."),
+                "give; the points differ from it by their number alone."),
         "<h2>Every approximation, after training</h2>",
         "<p>Mean ± standard deviation over the seeds. q = 1/2 and KL are the fixed points of other "
         "divergences than the Frobenius norm, whose optimum is the one above: they are not meant "
@@ -153,7 +154,8 @@ def _binary(runs: Runs) -> str:
 
 
 def _table_of_all(view: str, runs: Runs) -> str:
-    names = [name for name in NAMES if view == "gauss_newton" or name not in ("kfac", "ekfac")]
+    hidden = {"two_steps"} | ({"kfac", "ekfac"} if view == "adagrad" else set())
+    names = [name for name in NAMES if name not in hidden]
     head = ["setting", "layer", "m × n", *(NAMES[name] for name in names), "bound", "σ₂/σ₁"]
     rows = []
     for setting, found in runs.items():
@@ -209,10 +211,11 @@ def _figure(name: str, pictures: dict[str, bytes], caption: str) -> str:
 
 def _table(head: Iterable[str], rows: Iterable[list[str]], texts: int) -> str:
     def line(cells: Iterable[str], tag: str) -> str:
-        made = [
-            f"<{tag}{' class=number' if i >= texts else ''}>{html.escape(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
-        ]
+        made = []
+        for i, cell in enumerate(cells):
+            mean, _, spread = html.escape(cell).partition(" ± ")
+            kind, below = "number" if i >= texts else "text", f"<br><small>± {spread}</small>"
+            made.append(f'<{tag} class="{kind}">{mean}{below if spread else ""}</{tag}>')
         return f"<tr>{''.join(made)}</tr>"
 
     return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"

@@ -76,7 +76,6 @@ def _along(axes: Axes, runs: list[dict[str, Any]], view: str, layer: str) -> str
             steps, [statistics.fmean(v) for v in values], color=colour, marker=marker,
             markersize=width + 2.2, linewidth=width, label=NAMES[name],
         )  # fmt: skip
-    axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     _tidy(axes)
     return shape
@@ -102,7 +101,7 @@ def tricks(runs: Runs) -> bytes:
         row[0].set_ylabel("cosine of Shampoo²\nwith Gauss–Newton")
     panels[0][0].set_ylim(0, 1.03)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return _png(figure)
 
 
