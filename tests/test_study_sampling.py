@@ -374,6 +374,14 @@ def test_a_layer_whose_gradients_vanish_is_named_when_it_is_measured():
         measure(grads)
 
 
+def test_long_sides_are_measured_when_asked_for():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8193, 2), nn.Linear(2, 3))
+    x, y = torch.randint(0, 8193, (4,)), torch.tensor([0, 1, 2, 0])
+    assert list(sample(model, x, y)) == ["1"]
+    assert sample(model, x, y, layers="0")["0"].shape == (8193, 2)
+
+
 def test_linear_layers_keep_factors():
     model, x = mlp(40, 30, 3), torch.randn(6, 40, dtype=F64)
     grads = sample(model, x, labels="expected")

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+LONGEST_SIDE = 8192  # as in Shampoo, whose longer sides have no factor
+
+
 class Layer(NamedTuple):
     """One weight of at least two dimensions; its gradient is the matrix (m, n) of G.flatten(1)."""
 
@@ -28,13 +31,21 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def find_layers(op: str, model: nn.Module, names: str | Sequence[str] | None) -> list[Layer]:
-    """Layers by the name of the module or of the parameter; None: all that a gradient reaches.
+    """Layers by the name of the module or of the parameter.
+
+    None: every matrix that requires grad and has sides of at most LONGEST_SIDE, so that the
+    factors of an embedding do not fill the memory unasked.
 
     Raises ValueError naming the layer: there is none, it is a vector, or it does not require grad.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if names is None:
-        names = [n for n in layer_names(model) if _weight(parameters, n)[1].requires_grad]
+        named = [(name, _weight(parameters, name)[1]) for name in layer_names(model)]
+        names = [
+            name
+            for name, weight in named
+            if weight.requires_grad and max(len(weight), weight[0].numel()) <= LONGEST_SIDE
+        ]
     found = []
     for name in [names] if isinstance(names, str) else names:
         if name not in parameters and f"{name}.weight" not in parameters:
@@ -50,7 +61,10 @@ def find_layers(op: str, model: nn.Module, names: str | Sequence[str] | None) ->
             raise ValueError(f'{op}: layer "{name}" has no gradient: it does not require grad')
         found.append(Layer(name, parameter, weight, _factoring(model, parameter)))
     if not found:
-        raise ValueError(f"{op}: the model has no layer with a matrix that requires grad")
+        raise ValueError(
+            f"{op}: the model has no layer with a matrix that requires grad and has sides of at "
+            f"most {LONGEST_SIDE}"
+        )
     return found
 
 

@@ -33,7 +33,8 @@ class KroneckerProbe:
     Args:
         model: called with one tensor (N, *), gives one tensor (N, *, C), C last.
         optimizer: any torch.optim.Optimizer.
-        layers: names of modules or parameters; None: every matrix that requires grad.
+        layers: names of modules or parameters; None: every matrix that requires grad and has no
+            side longer than 8192.
         every: measure before steps 0, every, 2 * every, ...
         labels: what the Gauss-Newton view is made of. "sampled" from the model or "expected"
             (exact; outputs (N, C) with few classes) need no labels and `loss`, "cross_entropy" or

@@ -50,7 +50,8 @@ def sample(
     Args:
         model: takes `inputs`, gives one tensor (N, *, C): scores or predictions, C last.
         inputs: (N, *). targets: for labels="real"; classes (N, *) or values (N, *, C).
-        layers: names of modules ("fc1") or of parameters; None: every matrix that requires grad.
+        layers: names of modules ("fc1") or of parameters; None: every matrix that requires grad
+            and has no side longer than 8192.
         loss: "cross_entropy" (mean over positions, if any), "squared" (half the sum of squares, the
             mean over positions), or, for real labels, a function (outputs (1, *), targets (1, *))
             -> scalar.
