@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 LONGEST_SIDE = 8192  # as in Shampoo, whose longer sides have no factor
 
 
