@@ -64,8 +64,8 @@ def test_factors_have_the_moments_of_the_gradients_they_make(monkeypatch, sizes,
     m, n = dense.shape
     assert (factored.shape, factored.count) == ((m, n), dense.count)
     generator = torch.Generator().manual_seed(1)
-    for L, R in ((spd(m, 1), spd(n, 2)), (torch.randn(m, m, generator=generator), torch.eye(n))):
-        L, R = L.double(), R.double()
+    rough = [torch.randn(k, k, generator=generator, dtype=torch.float64) for k in (m, n)]
+    for L, R in ((spd(m, 1), spd(n, 2)), rough):  # the second pair is not symmetric
         scale = (factored.scale / dense.scale) ** 2  # each divides by its own
         for got, expected in (
             (factored.left(R), dense.left(R)),

@@ -24,6 +24,13 @@ def network():
     )
 
 
+class Noise(nn.Module):
+    """Draws from torch's own generator, in eval mode too."""
+
+    def forward(self, x):
+        return x + 0.1 * torch.randn_like(x)
+
+
 def optimizer_of(model):
     return Shampoo(model.parameters(), lr=1e-2)
 
@@ -49,7 +56,7 @@ def everything(model, optimizer):
 
 
 def test_training_with_the_probe_is_the_same_to_the_bit():
-    plain, watched = network(), network()
+    plain, watched = (nn.Sequential(Noise(), *network()) for _ in range(2))
     optimizers = optimizer_of(plain), optimizer_of(watched)
     before = everything(watched, optimizers[1])
     probe = KroneckerProbe(watched, optimizers[1], every=2, beta=0.9, labels="expected")

@@ -11,7 +11,8 @@ from torch import Tensor
 from shampoo_kernels.study.gradients import Gradients, as_gradients
 from shampoo_kernels.study.kronecker import matrix_power, optimal_kronecker, power_steps, unit
 
-_FLOOR = 1e-10  # of the largest eigenvalue, for inverses of factors that may be singular
+_FLOOR = 1e-6  # of the largest eigenvalue, for inverses: the ridge of `inverse_root`
+_STEPS = 50  # towards a fixed point with inverses: with singular factors it may never be reached
 
 
 class Kronecker(NamedTuple):
@@ -62,7 +63,7 @@ def fixed_point(
     The Kronecker product that is nearest to H in a Bregman divergence: q = 2 Frobenius (the optimal
     one here), q = 1 von Neumann (L ⊗ R of Shampoo, one step), q = 1/2 (the whitening of PSGD),
     q = 0 KL (KL-Shampoo). Alternating steps from the identities. Inverse powers take eigenvalues
-    below 1e-10 of the largest as that.
+    below 1e-6 of the largest as that.
 
     Args:
         grads: (N, m, n), or what `sample` returns.
@@ -129,6 +130,11 @@ def _kfac(grads: Gradients) -> Kronecker:
     return Kronecker(*(unit(factor.to(grads.dtype)) for factor in grads.kfac))
 
 
+def _fixed_point(grads: Gradients, q: float) -> Kronecker:
+    left, right, _ = fixed_point(grads, q, tol=1e-4, max_steps=_STEPS)
+    return Kronecker(unit(left), unit(right))
+
+
 MAKERS: dict[str, Callable[[Gradients], Approximation]] = {
     "optimal": _optimal,
     "shampoo_squared": lambda grads: Kronecker(*power_steps(grads, 1)),
@@ -136,8 +142,8 @@ MAKERS: dict[str, Callable[[Gradients], Approximation]] = {
     "kfac": _kfac,
     "two_steps": lambda grads: Kronecker(*power_steps(grads, 2)),
     "three_steps": lambda grads: Kronecker(*power_steps(grads, 3)),
-    "q_half": lambda grads: Kronecker(*(unit(f) for f in fixed_point(grads, 0.5, tol=1e-4)[:2])),
-    "kl": lambda grads: Kronecker(*(unit(f) for f in fixed_point(grads, 0.0, tol=1e-4)[:2])),
+    "q_half": lambda grads: _fixed_point(grads, 0.5),
+    "kl": lambda grads: _fixed_point(grads, 0.0),
     "corrected": lambda grads: corrected(grads, *power_steps(grads, 1)),
     "ekfac": lambda grads: corrected(grads, *_kfac(grads)),
 }

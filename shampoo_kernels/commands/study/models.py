@@ -13,16 +13,14 @@ def logistic(channels: int, size: int, classes: int) -> nn.Module:
 
 
 def mlp(channels: int, size: int, classes: int) -> nn.Module:
-    """Two hidden layers, as wide as fits the image."""
-    pixels = channels * size**2
-    first, second = (64, 32) if pixels < 256 else (128, 64)
+    """Two hidden layers."""
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(pixels, first),
+        nn.Linear(channels * size**2, 64),
         nn.ReLU(),
-        nn.Linear(first, second),
+        nn.Linear(64, 32),
         nn.ReLU(),
-        nn.Linear(second, classes),
+        nn.Linear(32, classes),
     )
 
 

@@ -30,6 +30,7 @@ from shampoo_kernels.study import (
 
 ALONG = ("optimal", "shampoo_squared", "shampoo", "kfac")
 VIEWS = {"gauss_newton": "Gauss–Newton", "adagrad": "Adagrad"}
+EXACT = 1 << 13  # weights; larger layers are measured in float32, to about five digits
 Progress = Callable[[str], None]
 
 
@@ -42,6 +43,9 @@ def run(setting: Setting, data: Data, seed: int, progress: Progress) -> dict[str
     examples, labels = data.train_images[order], data.train_labels[order]
     size = min(setting.batch_size, len(data.train_images))
     stream = batches(len(data.train_images), size, seed)
+    weights = {layer: model.get_parameter(f"{layer}.weight") for layer in setting.layers}
+    largest = max(weight.numel() for weight in weights.values())
+    dtype = torch.float64 if largest <= EXACT else torch.float32
     rows: list[dict[str, Any]] = []
     tricks: list[dict[str, Any]] = []
     curve = []
@@ -49,11 +53,11 @@ def run(setting: Setting, data: Data, seed: int, progress: Progress) -> dict[str
         if step in setting.points:
             last = step == setting.steps
             curve.append({"step": step} | _validation(model, data))
-            truths = sample(model, examples, layers=setting.layers, labels="expected")
+            truths = sample(model, examples, layers=setting.layers, labels="expected", dtype=dtype)
             for layer, truth in truths.items():
                 rows += _rows(step, layer, "gauss_newton", truth, last)
                 if step:
-                    rows += _rows(step, layer, "adagrad", histories[layer].gradients(), last)
+                    rows += _rows(step, layer, "adagrad", histories[layer].gradients(dtype), last)
             if step in setting.trick_points:
                 tricks += _tricks(setting, model, truths, examples, labels, step, seed)
             progress(f"{setting.name}, seed {seed}, step {step}")
@@ -61,8 +65,9 @@ def run(setting: Setting, data: Data, seed: int, progress: Progress) -> dict[str
             index = next(stream)
             optimizer.zero_grad()
             F.cross_entropy(model(data.train_images[index]), data.train_labels[index]).backward()
-            for layer, history in histories.items():
-                history.append(model.get_submodule(layer).weight.grad)  # type: ignore[arg-type]
+            for layer, weight in weights.items():
+                assert weight.grad is not None
+                histories[layer].append(weight.grad)
             optimizer.step()
     return {
         "setting": setting.name,
@@ -104,7 +109,8 @@ def _tricks(
     what infinitely many batches would give: B E[G_B G_Bᵀ] = E[GGᵀ] + (B-1) E[G] E[G]ᵀ.
     """
     generator = _generator(seed, step)
-    singles = sample(model, examples, labels, layers=setting.layers)
+    dtype = next(iter(truths.values())).dtype
+    singles = sample(model, examples, labels, layers=setting.layers, dtype=dtype)
     found = []
     for batch_size in setting.batch_sizes:
         count = setting.batches * batch_size
@@ -113,6 +119,7 @@ def _tricks(
             made = sample(
                 model, examples[index], labels[index] if kind == "real" else None,
                 layers=setting.layers, labels=kind, batch_size=batch_size, generator=generator,
+                dtype=dtype,
             )  # fmt: skip
             for layer, truth in truths.items():
                 base = singles[layer] if kind == "real" else truth

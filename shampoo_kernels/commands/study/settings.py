@@ -21,7 +21,7 @@ class Setting:
     model: str
     layers: tuple[str, ...]
     lr: float  # of AdamW
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 64
     examples: int = 256  # whose exact Gauss-Newton matrix is the truth
     batches: int = 256  # gradients of each batch size that statistics are made of
