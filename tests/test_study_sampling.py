@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dense import second_moment
 from torch import nn
 
-from shampoo_kernels.study import FactoredGradients, layer_names, measure, sample
+from shampoo_kernels.study import FactoredGradients, Unmeasurable, layer_names, measure, sample
 
 F64 = torch.float64
 # float64 sums of at most 1e4 products of size 1, in another order
@@ -322,6 +322,14 @@ def frozen():
     return model
 
 
+def kink():
+    """A finite output with a gradient that is not: the root of 0."""
+    model = mlp(4, 3, 3)
+    nn.init.zeros_(model[0].bias)
+    model.forward = lambda x: model[0](x).abs().sqrt()
+    return model
+
+
 def infinite(value):
     model = mlp(4, 3, 3)
     with torch.no_grad():
@@ -356,7 +364,11 @@ X, Y = torch.ones(5, 4, dtype=F64), torch.tensor([0, 1, 2, 0, 1])
         (lambda: sample(unused(), X, Y, layers="spare"), ValueError, '"spare" has no gradient'),
         (lambda: sample(unused(), X, Y, layers="spare", batch_size=5), ValueError, '"spare" has'),
         (lambda: sample(frozen(), X, Y, layers="0"), ValueError, '"0" has no gradient: it does'),
-        (lambda: sample(infinite(torch.nan), X, Y), ValueError, 'layer "0" must be finite'),
+        (lambda: sample(infinite(torch.nan), X, Y), Unmeasurable, '"0": the output .* be finite'),
+        (lambda: sample(kink(), 0 * X, Y, layers="0"), Unmeasurable, 'of layer "0" must be finite'),
+        (bad(targets=Y.double()), TypeError, r"targets must be int64, got \(5,\) float64"),
+        (bad(targets=Y + 1), ValueError, "targets must be classes from 0 to 2, got 3"),
+        (bad(targets=Y - 100), ValueError, "targets must be classes from 0 to 2, got -100"),
         (lambda: sample(nn.ReLU(), X, Y), ValueError, "no layer with a matrix"),
         (lambda: sample(nn.LSTM(4, 3).double(), X, Y), ValueError, r"one tensor .* got tuple"),
     ],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shampoo_kernels.ops import common
-from shampoo_kernels.study.gradients import Gradients
+from shampoo_kernels.study.gradients import Gradients, Unmeasurable
 from shampoo_kernels.study.layers import Layer, find_layers
 from shampoo_kernels.study.pullback import pull_back
 
@@ -91,7 +91,11 @@ def cotangents_of(
     layers: Sequence[Layer],
 ) -> Tensor:
     """(N, K, *, C): the gradient of the loss by the outputs (N, *, C); K is 1, or C if expected."""
-    classes, positions = outputs.shape[-1], outputs[0, ..., 0].numel()
+    if not bool(outputs.isfinite().all()):
+        raise Unmeasurable(
+            f'{_OP}: layer "{layers[0].name}": the output of the model must be finite, '
+            "got NaN or infinity"
+        )
     if callable(loss):
         one = torch.func.grad(lambda o, t: loss(o[None], t[None]))
         return torch.func.vmap(one)(outputs, targets).unsqueeze(1)
@@ -100,30 +104,46 @@ def cotangents_of(
             f'{_OP}: labels="expected" needs outputs (N, C), got {tuple(outputs.shape)} '
             f'(layer "{layers[0].name}")'
         )
-    if loss == "squared":
-        if labels == "real":
-            assert targets is not None
-            common.check_shape(_OP, "targets", targets, tuple(outputs.shape))
-            return (outputs - targets).unsqueeze(1) / positions
-        if labels == "sampled":
-            noise = torch.randn(
-                outputs.shape, generator=generator, dtype=outputs.dtype, device=outputs.device
-            )
-            return noise.unsqueeze(1) / positions
+    of_loss = _squared if loss == "squared" else _cross_entropy
+    given = of_loss(outputs, targets, labels, generator)
+    positions = outputs[0, ..., 0].numel()
+    return given if labels == "expected" else given.unsqueeze(1) / positions
+
+
+def _squared(
+    outputs: Tensor, targets: Tensor | None, labels: str, generator: torch.Generator | None
+) -> Tensor:
+    """Of half the sum of squares: f - y, where y is the target, f plus noise, or f plus √C e_c."""
+    if labels == "expected":
+        classes = outputs.shape[-1]
         every = torch.eye(classes, dtype=outputs.dtype, device=outputs.device)
         return (classes**0.5 * every).expand(len(outputs), -1, -1)
-    chances = outputs.softmax(-1)
+    if targets is None:
+        return torch.empty_like(outputs).normal_(generator=generator)
+    common.check_shape(_OP, "targets", targets, tuple(outputs.shape))
+    return outputs - targets
+
+
+def _cross_entropy(
+    outputs: Tensor, targets: Tensor | None, labels: str, generator: torch.Generator | None
+) -> Tensor:
+    """p - e_s for the label s; for all labels, each with the root of C times its probability."""
+    classes, chances = outputs.shape[-1], outputs.softmax(-1)
     if labels == "expected":
         every = torch.eye(classes, dtype=outputs.dtype, device=outputs.device)
         return (classes * chances).sqrt().unsqueeze(-1) * (chances.unsqueeze(1) - every)
-    if labels == "sampled":
-        flat = chances.flatten(0, -2)
-        drawn = torch.multinomial(flat, 1, generator=generator).view(outputs.shape[:-1])
-    else:
-        assert targets is not None
-        common.check_shape(_OP, "targets", targets, tuple(outputs.shape[:-1]))
-        drawn = targets
-    return ((chances - F.one_hot(drawn, classes).to(chances)) / positions).unsqueeze(1)
+    if targets is None:
+        drawn = torch.multinomial(chances.flatten(0, -2), 1, generator=generator)
+        targets = drawn.view(outputs.shape[:-1])
+    common.check_dtype(_OP, "targets", targets, (torch.int64,))
+    common.check_shape(_OP, "targets", targets, tuple(outputs.shape[:-1]))
+    smallest, largest = int(targets.min()), int(targets.max())
+    if smallest < 0 or largest >= classes:
+        raise ValueError(
+            f"{_OP}: targets must be classes from 0 to {classes - 1}, "
+            f"got {smallest if smallest < 0 else largest}"
+        )
+    return chances - F.one_hot(targets, classes).to(chances)
 
 
 def _check(
