@@ -1,6 +1,9 @@
-"""The dense H of a few gradients, its rearrangement, and cosines with it: what the study avoids."""
+"""What the study avoids: the dense H of a few gradients, gradients one by one, small networks."""
+
+import itertools
 
 import torch
+from torch import nn
 
 
 def gradients(count, m, n, seed=0):
@@ -48,3 +51,18 @@ def exactly_kronecker(m, n):
     A, B = spd(m, 1), spd(n, 2)
     columns = torch.linalg.cholesky(torch.kron(B, A)) * (m * n) ** 0.5
     return columns.mT.reshape(m * n, n, m).mT, A, B
+
+
+def mlp(*sizes, seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+def one_by_one(model, layer, losses):
+    """The gradient of every loss by one weight, as matrices."""
+    weight = dict(model.named_parameters()).get(layer)
+    weight = model.get_submodule(layer).weight if weight is None else weight
+    return torch.stack(
+        [torch.autograd.grad(loss, weight, retain_graph=True)[0].flatten(1) for loss in losses]
+    )

@@ -1,14 +1,13 @@
 """Sampled gradients against autograd example by example, the laws of labels and batches, memory."""
 
-import itertools
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import second_moment
+from dense import mlp, one_by_one
 from torch import nn
 
 from shampoo_kernels.study import FactoredGradients, Unmeasurable, layer_names, measure, sample
@@ -43,21 +42,6 @@ class Odd(nn.Module):
 def odd():
     torch.manual_seed(0)
     return Odd().double(), torch.randn(7, 2, 8, 8, dtype=F64), torch.tensor([0, 1, 2, 0, 1, 2, 0])
-
-
-def mlp(*sizes, seed=0, dtype=F64):
-    torch.manual_seed(seed)
-    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.Tanh())]
-    return nn.Sequential(*layers[:-1]).to(dtype)
-
-
-def one_by_one(model, layer, losses):
-    """The gradient of every loss by one weight, as matrices."""
-    weight = dict(model.named_parameters()).get(layer)
-    weight = model.get_submodule(layer).weight if weight is None else weight
-    return torch.stack(
-        [torch.autograd.grad(loss, weight, retain_graph=True)[0].flatten(1) for loss in losses]
-    )
 
 
 def test_every_kind_of_layer_has_autograds_gradients():
@@ -155,84 +139,6 @@ def test_positions():
         torch.testing.assert_close(grads.values(), one_by_one(model, layer, losses), **CLOSE)
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "squared"])
-def test_expected_labels_are_the_gauss_newton_matrix(loss):
-    """E_x J_xᵀ M J_x with M the Hessian of the loss by the output, J the Jacobian of the output."""
-    model, x = mlp(4, 3, 3), torch.randn(8, 4, dtype=F64)
-    weight = model[0].weight
-    H = torch.zeros(12, 12, dtype=F64)
-    for example in x:
-        outputs = model(example[None])[0]
-        J = one_by_one(model, "0", outputs).mT.reshape(3, 12)  # vec column by column
-        p = outputs.detach().softmax(0)
-        M = torch.diag(p) - torch.outer(p, p) if loss == "cross_entropy" else torch.eye(3).double()
-        H += J.mT @ M @ J / len(x)
-    grads = sample(model, x, labels="expected", loss=loss, layers="0")["0"]
-    assert grads.count == 24
-    torch.testing.assert_close(second_moment(grads.values()), H, **CLOSE)
-    assert weight.grad is None
-
-
-@pytest.mark.parametrize("batch", [1, 4, 32])
-@pytest.mark.parametrize("loss", ["cross_entropy", "squared"])
-def test_sampled_labels_are_unbiased_at_every_batch_size(batch, loss):
-    """B E[G_B G_Bᵀ] = L of Gauss-Newton. The mean of many draws against the truth, entry by entry,
-    in standard errors measured from the draws: 5 of them, wrong once in 1e5 for 9 entries."""
-    torch.manual_seed(1)
-    model, x = mlp(4, 3, 3), torch.randn(40, 4, dtype=F64)
-    truth = sample(model, x, labels="expected", loss=loss, layers="0")["0"]
-    expected = truth.left(torch.eye(4, dtype=F64)) * truth.scale**2
-    batches = 1500
-    order = torch.randint(0, 40, (batches * batch,))  # independent examples, as the law asks
-    got = sample(
-        model, x[order], labels="sampled", loss=loss, layers="0", batch_size=batch,
-        generator=torch.Generator().manual_seed(2), chunk=4096,
-    )["0"].values()  # fmt: skip
-    assert len(got) == batches
-    draws = batch * got @ got.mT
-    error = draws.std(0) / batches**0.5
-    assert bool(((draws.mean(0) - expected).abs() <= 5 * error).all())
-    assert float(error.max()) < 0.2 * float(expected.diagonal().max()), "too few draws to tell"
-
-
-def test_real_labels_are_biased_at_large_batches():
-    """The same test sees what it should: with labels that the model does not expect it fails."""
-    torch.manual_seed(1)
-    model, x = mlp(4, 3, 3), torch.randn(40, 4, dtype=F64)
-    y = torch.zeros(40, dtype=torch.int64)
-    truth = sample(model, x, labels="expected", layers="0")["0"]
-    expected = truth.left(torch.eye(4, dtype=F64)) * truth.scale**2
-    order = torch.randint(0, 40, (1500 * 32,))
-    got = sample(model, x[order], y[order], layers="0", batch_size=32)["0"].values()
-    draws = 32 * got @ got.mT
-    assert bool(((draws.mean(0) - expected).abs() > 5 * draws.std(0) / 1500**0.5).any())
-
-
-@pytest.mark.parametrize("batch", [2, 3])
-def test_identity_of_batch_gradients(batch):
-    """B E[G_B G_Bᵀ] = E[GGᵀ] + (B-1) E[G] E[G]ᵀ, exactly: every batch of B out of N examples, with
-    repetition, is taken once."""
-    model, x = mlp(4, 3, 3), torch.randn(5, 4, dtype=F64)
-    y = torch.tensor([0, 1, 2, 0, 1])
-    G = sample(model, x, y, layers="0")["0"].values()
-    order = torch.cartesian_prod(*[torch.arange(5)] * batch).flatten()
-    batches = sample(model, x[order], y[order], layers="0", batch_size=batch)["0"].values()
-    assert len(batches) == 5**batch
-    for g, gb in ((G, batches), (G.mT, batches.mT)):
-        expected = (g @ g.mT).mean(0) + (batch - 1) * g.mean(0) @ g.mean(0).mT
-        torch.testing.assert_close(batch * (gb @ gb.mT).mean(0), expected, **CLOSE)
-    expected = second_moment(G) + (batch - 1) * second_moment(G.mean(0, keepdim=True))
-    torch.testing.assert_close(batch * second_moment(batches), expected, **CLOSE)
-
-
-def test_batches_leave_a_short_rest_out():
-    model, x, y = mlp(4, 3), torch.randn(7, 4, dtype=F64), torch.zeros(7, dtype=torch.int64)
-    grads = sample(model, x, y, batch_size=3)["0"]
-    singles = sample(model, x, y)["0"].values()
-    expected = singles[:6].reshape(2, 3, 3, 4).mean(1)
-    torch.testing.assert_close(grads.values(), expected, **CLOSE)
-
-
 def test_kfac_factors():
     model, x = mlp(5, 4, 3), torch.randn(9, 5, dtype=F64)
     grads = sample(model, x, labels="expected", layers="0", chunk=2)["0"]
@@ -245,18 +151,6 @@ def test_kfac_factors():
     torch.testing.assert_close(grads.kfac[1], x.mT @ x / 9, **CLOSE)
 
 
-@pytest.mark.parametrize("sizes", [(5, 2), (6, 1)])
-def test_one_linear_layer_of_a_binary_classifier_is_exactly_kronecker(sizes):
-    """(p - e_s) is ±sqrt(..) (1, -1) for both labels: H = E[w aaᵀ] ⊗ (1, -1)(1, -1)ᵀ; and with one
-    output, the left factor is a number."""
-    model, x = mlp(*sizes), torch.randn(30, sizes[0], dtype=F64)
-    loss = "cross_entropy" if sizes[1] > 1 else "squared"
-    got = measure(sample(model, x, labels="expected", loss=loss)["0"]).cosines
-    assert got["optimal"] == pytest.approx(1, abs=1e-10)
-    assert got["shampoo_squared"] == pytest.approx(1, abs=1e-10)
-    assert got["shampoo"] < 1 - 1e-3
-
-
 def test_float32_model_within_its_rounding():
     """Against the same model in float64: sums of 64 products, 64 * 2^-24 = 4e-6 of size 1."""
     model, x = mlp(64, 16, 3), torch.randn(20, 64, dtype=F64)
@@ -267,32 +161,34 @@ def test_float32_model_within_its_rounding():
 
 
 MEMORY = """
-import resource
+import re
 import torch
 from torch import nn
 from shampoo_kernels.study import measure, sample
 
+def most():  # of this process since it began; ru_maxrss would count what its parent had
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
 inputs, labels = torch.randn(10_000, 512), torch.randint(0, 10, (10_000,))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = most()
 grads = sample(model, inputs, labels, layers="0", dtype=torch.float32)["0"]
 names = ["optimal", "shampoo_squared", "shampoo", "kfac", "corrected"]
 found = measure(grads, names=names)
 assert grads.count == 10_000 and grads.shape == (512, 512)
 assert all(0 < value < 1.001 for value in found.cosines.values()), found
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(most() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_layer_of_512_with_10_000_samples_takes_little_memory():
-    """10,000 gradients of 512 x 512 would be 10 GiB; 2 GiB is what this may take, in all."""
+    """10,000 gradients of 512 x 512 would be 10 GiB."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=300
     )
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert int(done.stdout) * unit < 2 << 30
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit < 3 << 30
+    assert int(done.stdout) * 1024 < 2 << 30
 
 
 def test_too_many_gradients_are_refused_before_they_are_made():
