@@ -171,6 +171,18 @@ def test_fixed_point_of_two_is_the_optimum_and_of_one_is_shampoo_squared():
     torch.testing.assert_close(torch.kron(R, L), torch.kron(right, left) / left.trace())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fixed_points_of_singular_factors_are_finite(dtype):
+    """L of rank 1 of 2, R with 9 of 10 columns zero: the scales of both have no fixed point."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.zeros(40, 2, 100)
+    values[:, 0, :10] = torch.randn(40, 10, generator=generator)
+    values[:, 1] = -values[:, 0]
+    found = measure(DenseGradients(values, dtype=dtype), names=["kl", "q_half", "optimal"]).cosines
+    # H = B⊗A with A of rank 1, and every q is exact for it
+    assert found == pytest.approx(dict.fromkeys(found, 1.0), abs=1e-4)
+
+
 def test_kl_minimises_the_divergence_of_gaussians():
     """log det(R⊗L) + tr((R⊗L)^-1 H): no factor nearby does better."""
     values = gradients(60, 4, 5)

@@ -77,21 +77,20 @@ def fixed_point(
     grads = as_gradients("fixed_point", grads)
     if not math.isfinite(q):
         raise ValueError(f"fixed_point: q must be finite, got {q}")
-    left, right = grads.identities()
-    moved = math.inf
-    for _ in range(max_steps):
-        new_left = grads.left(_power(right, q - 1)) / _power(right, q).trace()
-        new_right = grads.right(_power(new_left, q - 1)) / _power(new_left, q).trace()
-        moved = max(
-            float((unit(new_left) - unit(left)).norm()),
-            float((unit(new_right) - unit(right)).norm()),
-        )
+    left, right = (unit(factor) for factor in grads.identities())
+    steps, moved = 0, math.inf
+    while steps < max_steps and moved > tol:
+        steps += 1
+        new_left = unit(grads.left(_power(right, q - 1)))
+        new_right = unit(grads.right(_power(new_left, q - 1)))
+        moved = max(float((new_left - left).norm()), float((new_right - right).norm()))
         left, right = new_left, new_right
-        if moved <= tol or q == 1:
-            break
-    balance = (left.norm() / right.norm()).sqrt()
-    scales = grads.scale / balance, grads.scale * balance
-    return left * scales[0], right * scales[1], moved <= tol or q == 1
+        if q == 1:
+            moved = 0.0
+    # The scale comes last: with singular factors the two equations disagree about it.
+    left = grads.left(_power(right, q - 1)) / _power(right, q).trace()
+    balance = left.norm().sqrt()
+    return left * (grads.scale / balance), right * (grads.scale * balance), moved <= tol
 
 
 def corrected(grads: Gradients, left: Tensor, right: Tensor) -> Corrected:

@@ -4,6 +4,7 @@ What is stored is plain numbers; tables, plots and claims are made from the file
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def run(setting: Setting, data: Data, seed: int, progress: Progress) -> dict[str
 
 
 def _rows(step: int, layer: str, view: str, truth: Gradients, last: bool) -> list[dict[str, Any]]:
-    """One row, or none where the gradients vanish; at the end, with all there is."""
+    """One row, or none where the gradients vanish; at the end, with all there is that is finite."""
     names = None
     if not last:
         names = [name for name in ALONG if name != "kfac" or truth.kfac is not None]
@@ -91,7 +92,12 @@ def _rows(step: int, layer: str, view: str, truth: Gradients, last: bool) -> lis
         found = measure(truth, names=names, spectrum=last)
     except Unmeasurable:
         return []
-    return [{"step": step, "view": view} | found.row()]
+    finite = {
+        key: value
+        for key, value in found.row().items()
+        if not isinstance(value, float) or math.isfinite(value)
+    }
+    return [{"step": step, "view": view} | finite]
 
 
 def _tricks(
@@ -185,7 +191,7 @@ def read(path: Path, setting: Setting) -> dict[str, Any] | None:
 
 
 def as_json(found: dict[str, Any]) -> str:
-    return json.dumps(found, indent=1)
+    return json.dumps(found, indent=1, allow_nan=False)
 
 
 def write(path: Path, content: str | bytes) -> None:
