@@ -74,11 +74,16 @@ class Claim:
         failed, undecided = self.count(False), self.count(None)
         verdicts = f"Held in {self.count(True)}, failed in {failed}, undecided in {undecided}"
         spread = self.form.removeprefix("+")
+        differ = (
+            "one seed, no spread"
+            if all(len(case.values) == 1 for case in self.cases)
+            else f"the seeds of a case differ by {statistics.median(spreads):{spread}} (median) to "
+            f"{max(spreads):{spread}}"
+        )
         return (
             f"{verdicts} of {len(means)} cases. Means over the seeds: median "
             f"{statistics.median(means):{self.form}}, from {min(means):{self.form}} to "
-            f"{max(means):{self.form}}; the seeds of a case differ by "
-            f"{statistics.median(spreads):{spread}} (median) to {max(spreads):{spread}}. "
+            f"{max(means):{self.form}}; {differ}. "
             f"Furthest off: {worst.where} ({_spread(worst.values, self.form)})."
         )
 

@@ -1,5 +1,6 @@
 """The networks of the study: small, without anything that mixes examples or draws at random."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -9,19 +10,23 @@ from torch import Tensor, nn
 
 def logistic(channels: int, size: int, classes: int) -> nn.Module:
     """One linear layer on the pixels."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, classes))
+    return _named(flatten=nn.Flatten(), output=nn.Linear(channels * size**2, classes))
 
 
 def mlp(channels: int, size: int, classes: int) -> nn.Module:
     """Two hidden layers."""
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(channels * size**2, 64),
-        nn.ReLU(),
-        nn.Linear(64, 32),
-        nn.ReLU(),
-        nn.Linear(32, classes),
+    return _named(
+        flatten=nn.Flatten(),
+        hidden1=nn.Linear(channels * size**2, 64),
+        relu1=nn.ReLU(),
+        hidden2=nn.Linear(64, 32),
+        relu2=nn.ReLU(),
+        output=nn.Linear(32, classes),
     )
+
+
+def _named(**modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(modules))
 
 
 class ResidualBlock(nn.Module):

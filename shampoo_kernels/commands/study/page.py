@@ -16,14 +16,15 @@ from shampoo_kernels.commands.study.settings import Setting, describe
 from shampoo_kernels.study import NAMES
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem;
        color: #1a1a1a; background: #fff; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 img { max-width: 100%; height: auto; display: block; margin: 1rem auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; display: block;
         overflow-x: auto; }
-th, td { border-bottom: 1px solid #ddd; padding: 0.3rem 0.6rem; text-align: left;
+th, td { border-bottom: 1px solid #ddd; padding: 0.3rem 0.5rem; text-align: left;
          vertical-align: top; }
+th.number, td.number, td.text { font-size: 0.8rem; padding: 0.25rem 0.35rem; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number, td.text { white-space: nowrap; }
 .verdict { font-weight: 600; white-space: nowrap; }
@@ -32,15 +33,15 @@ small, figcaption { color: #444; } figure { margin: 1rem 0; } code { background:
 """
 
 WHAT = """
-<p>Shampoo is an optimizer. For a layer with a weight matrix of m × n it does not divide the
-gradient by a number, as Adam does, but multiplies it by matrices that adapt to how the gradients of
-the layer vary. The ideal matrix for that is <b>H = E[g gᵀ]</b>, where g is the gradient G of the
-layer written as one long vector: (mn)² numbers, too many to keep. So H is approximated by a
-<b>Kronecker product</b> R ⊗ L of an n × n and an m × m matrix. The question of this page is how
-close such a product comes to H.</p>
+<p>Shampoo is an optimizer. For a layer with a weight matrix of m × n it does not scale every entry
+of the gradient by itself, as Adam does, but multiplies it by matrices that adapt to how the
+gradients of the layer vary. The ideal matrix for that is <b>H = E[g gᵀ]</b>, where g is the
+gradient G of the layer written as one long vector: (mn)² numbers, too many to keep. So H is
+approximated by a <b>Kronecker product</b> R ⊗ L of an n × n and an m × m matrix. The question of
+this page is how close such a product comes to H.</p>
 <p>Closeness is measured by the <b>cosine</b> of the angle between both, seen as long vectors: 1
 means equal up to a factor, 0 means nothing in common. H is never formed for this; the numbers come
-from the gradients themselves and are exact for the H of exactly these gradients.</p>
+from the gradients themselves and are, up to rounding, exact for the H of these gradients.</p>
 <p>H can mean two things. <b>Gauss–Newton</b>: the gradient of an example's loss with a label that
 is drawn from the model's own prediction; this is the curvature that second-order methods want.
 Here it is exact, the mean over all labels, on a fixed set of training examples. <b>Adagrad</b>:
@@ -79,8 +80,8 @@ def render(runs: Runs, claims: list[Claim], pictures: dict[str, bytes], left_out
         "closeness.</small></p>",
         "<h2>Along training</h2>",
         _figure("overview.png", pictures, "One layer of every setting. Lines: mean over the seeds; "
-                "shaded: from the lowest to the highest seed. Where Shampoo² cannot be seen, it "
-                "lies on the optimum."),
+                "shaded: from the lowest to the highest seed. Where the optimum cannot be seen, "
+                "Shampoo² lies on it."),
         _binary(runs),
         "<h2>Batch size and labels</h2>",
         "<p>Shampoo in training sees neither single examples nor labels drawn from the model: it "
@@ -156,7 +157,8 @@ def _binary(runs: Runs) -> str:
 def _table_of_all(view: str, runs: Runs) -> str:
     hidden = {"two_steps"} | ({"kfac", "ekfac"} if view == "adagrad" else set())
     names = [name for name in NAMES if name not in hidden]
-    head = ["setting", "layer", "m × n", *(NAMES[name] for name in names), "bound", "σ₂/σ₁"]
+    short = NAMES | {"corrected": "best diagonal", "three_steps": "three steps"}
+    head = ["setting", "layer", "m × n", *(short[name] for name in names), "bound", "σ₂/σ₁"]
     rows = []
     for setting, found in runs.items():
         for layer in setting.layers:

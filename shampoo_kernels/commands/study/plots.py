@@ -17,6 +17,7 @@ from shampoo_kernels.study import NAMES
 Runs = dict[Setting, list[dict[str, Any]]]
 STYLES = COSINE_STYLES | {"kfac": ("#009E73", "v", 1.6)}
 LABEL_STYLES = {"sampled": ("#0072B2", "o"), "real": ("#D55E00", "s")}
+COLUMNS = 4  # panels side by side: more are too small on a page
 SPREAD: dict[str, Any] = {"alpha": 0.2, "linewidth": 0}
 
 
@@ -31,27 +32,53 @@ def layers(setting: Setting, runs: Runs) -> bytes:
 
 
 def _grid(columns: list[tuple[Setting, str]], runs: Runs, *, by_setting: bool) -> bytes:
-    figure = Figure(figsize=(max(3.0 * len(columns), 6.5), 5.4), dpi=110, layout="constrained")
-    panels = figure.subplots(2, len(columns), sharey=True, squeeze=False)
-    for i, view in enumerate(VIEWS):
-        for j, (setting, layer) in enumerate(columns):
-            axes = panels[i][j]
+    figure, panels = _panels(len(columns))
+    for (setting, layer), pair in zip(columns, panels, strict=True):
+        for axes, view in zip(pair, VIEWS, strict=True):
             shape = _along(axes, runs[setting], view, layer)
-            if i == 0:
+            axes.set_xlabel("step")
+            if view == "gauss_newton":
                 title = setting.name if by_setting else f"layer {layer}"
                 axes.set_title(f"{title}\n{shape}", fontsize="medium")
-            else:
-                axes.set_xlabel("step")
-        panels[i][0].set_ylabel(f"{VIEWS[view]} view\ncosine with H")
-    panels[0][0].set_ylim(0, 1.03)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    for other in panels.flat:
-        for handle, label in zip(*other.get_legend_handles_labels(), strict=True):
-            if label not in labels:
-                handles.append(handle)
-                labels.append(label)
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return _png(figure)
+    for pair in panels[::COLUMNS]:
+        for axes, name in zip(pair, VIEWS.values(), strict=True):
+            axes.set_ylabel(f"{name} view\ncosine with H")
+    return _finished(figure, panels, legend_columns=4)
+
+
+def _panels(count: int) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """Pairs of panels, one above the other, at most COLUMNS of them side by side."""
+    columns, blocks = min(count, COLUMNS), -(-count // COLUMNS)
+    figure = Figure(figsize=(max(2.9 * columns, 6.5), 5.6 * blocks), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2 * blocks, columns, sharey=True, squeeze=False)
+    pairs = [
+        (axes[2 * block][column], axes[2 * block + 1][column])
+        for block in range(blocks)
+        for column in range(columns)
+    ]
+    for pair in pairs[count:]:
+        for panel in pair:
+            panel.remove()
+    pairs[0][0].set_ylim(0, 1.03)
+    return figure, pairs[:count]
+
+
+def _finished(figure: Figure, panels: list[tuple[Axes, Axes]], legend_columns: int) -> bytes:
+    """With one legend for all panels, as PNG."""
+    entries: dict[str, Any] = {}
+    for axes in (axes for pair in panels for axes in pair):
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+    figure.legend(
+        list(entries.values()), list(entries), loc="outside lower center", ncols=legend_columns,
+        frameon=False,
+    )  # fmt: skip
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _along(axes: Axes, runs: list[dict[str, Any]], view: str, layer: str) -> str:
@@ -76,33 +103,28 @@ def _along(axes: Axes, runs: list[dict[str, Any]], view: str, layer: str) -> str
             steps, [statistics.fmean(v) for v in values], color=colour, marker=marker,
             markersize=width + 2.2, linewidth=width, label=NAMES[name],
         )  # fmt: skip
+    last = max(row["step"] for run in runs for row in run["rows"])
+    axes.set_xlim(-0.04 * last, 1.04 * last)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _tidy(axes)
     return shape
 
 
 def tricks(runs: Runs) -> bytes:
     """Cosine of Shampoo² against the batch size, real and sampled labels, at both points."""
-    figure = Figure(figsize=(max(3.0 * len(runs), 6.5), 5.4), dpi=110, layout="constrained")
-    panels = figure.subplots(2, len(runs), sharey=True, squeeze=False)
-    for j, (setting, found) in enumerate(runs.items()):
-        for i, step in enumerate(setting.trick_points):
-            axes = panels[i][j]
+    figure, panels = _panels(len(runs))
+    for (setting, found), pair in zip(runs.items(), panels, strict=True):
+        for axes, step in zip(pair, setting.trick_points, strict=True):
             for kind, (colour, marker) in LABEL_STYLES.items():
                 _against_batch_size(axes, found, setting.layers[0], step, kind, colour, marker)
             axes.set_xscale("log", base=2)
             axes.set_xticks(setting.batch_sizes, [str(size) for size in setting.batch_sizes])
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_title(f"{setting.name}, step {step}" if i == 0 else f"step {step}",
-                           fontsize="medium")  # fmt: skip
-            _tidy(axes)
-        panels[1][j].set_xlabel("batch size")
-    for row in panels:
-        row[0].set_ylabel("cosine of Shampoo²\nwith Gauss–Newton")
-    panels[0][0].set_ylim(0, 1.03)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    return _png(figure)
+            axes.set_title(f"{setting.name}, step {step}", fontsize="medium")
+            axes.set_xlabel("batch size")
+    for pair in panels[::COLUMNS]:
+        for axes in pair:
+            axes.set_ylabel("cosine of Shampoo²\nwith Gauss–Newton")
+    return _finished(figure, panels, legend_columns=2)
 
 
 def _against_batch_size(
@@ -139,15 +161,3 @@ def _against_batch_size(
         sizes, [statistics.fmean(values) for values in expected], color=colour, linestyle="--",
         linewidth=1.2, label=f"{kind} labels, infinitely many batches",
     )  # fmt: skip
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", linewidth=0.5, alpha=0.4)
-
-
-def _png(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()

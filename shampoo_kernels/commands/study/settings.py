@@ -45,18 +45,19 @@ class Setting:
 
 ALL = tuple(range(_data.CLASSES))
 TWO = (4, 9)  # the two digits that look most alike
+MLP_LAYERS = ("hidden1", "hidden2", "output")
 RESNET_LAYERS = ("stages.3.1.conv2", "stages.1.1.conv2", "stem", "head")
 CONVNEXT_LAYERS = ("stage2.1.expand", "stage1.1.expand", "stage1.1.depthwise", "down", "head")
 
 DIGITS = (
-    Setting("digits-2-logistic", "digits", TWO, "logistic regression", ("1",), 1e-2),
-    Setting("digits-2-mlp", "digits", TWO, "MLP", ("1", "3", "5"), 3e-3),
-    Setting("digits-10-mlp", "digits", ALL, "MLP", ("1", "3", "5"), 3e-3),
+    Setting("digits-2-logistic", "digits", TWO, "logistic regression", ("output",), 1e-2),
+    Setting("digits-2-mlp", "digits", TWO, "MLP", MLP_LAYERS, 3e-3),
+    Setting("digits-10-mlp", "digits", ALL, "MLP", MLP_LAYERS, 3e-3),
 )
 MNIST = (
-    Setting("mnist-2-logistic", "mnist", TWO, "logistic regression", ("1",), 3e-3),
-    Setting("mnist-2-mlp", "mnist", TWO, "MLP", ("1", "3", "5"), 1e-3),
-    Setting("mnist-10-mlp", "mnist", ALL, "MLP", ("1", "3", "5"), 1e-3),
+    Setting("mnist-2-logistic", "mnist", TWO, "logistic regression", ("output",), 3e-3),
+    Setting("mnist-2-mlp", "mnist", TWO, "MLP", MLP_LAYERS, 1e-3),
+    Setting("mnist-10-mlp", "mnist", ALL, "MLP", MLP_LAYERS, 1e-3),
 )
 CIFAR10 = (
     Setting(
