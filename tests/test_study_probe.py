@@ -140,6 +140,9 @@ def test_layers_take_turns_within_the_budget(monkeypatch):
     assert probe.seconds == 9
     clock[0] = 36
     assert probe.overhead == 0.25
+    probe.detach()
+    clock[0] = 72
+    assert probe.overhead == 0.25
 
 
 def test_evaluation_forwards_are_not_measured():

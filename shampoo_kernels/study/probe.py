@@ -31,7 +31,8 @@ class KroneckerProbe:
     layer whose gradients are zero or not finite has a row that says so in `note`.
 
     Args:
-        model: called with one tensor (N, *), gives one tensor (N, *, C), C last.
+        model: called with one tensor (N, *), gives one tensor (N, *, C), C last; of several calls
+            before a step the last one counts. With DistributedDataParallel, its `module`.
         optimizer: any torch.optim.Optimizer.
         layers: names of modules or parameters; None: every matrix that requires grad and has no
             side longer than 8192.
@@ -95,6 +96,7 @@ class KroneckerProbe:
         self._generator: torch.Generator | None = None
         self._writer, self._own_writer = _writer(writer)
         self._started = time.perf_counter()
+        self._ended: float | None = None
         self._handles = [
             model.register_forward_hook(self._see_forward, with_kwargs=True),
             optimizer.register_step_pre_hook(self._before_step),
@@ -102,11 +104,14 @@ class KroneckerProbe:
 
     @property
     def overhead(self) -> float:
-        """The share of the time since the probe was attached that was spent in it."""
-        return self.seconds / max(time.perf_counter() - self._started, 1e-9)
+        """The share of the time that the probe was attached that was spent in it."""
+        end = self._ended if self._ended is not None else time.perf_counter()
+        return self.seconds / max(end - self._started, 1e-9)
 
     def detach(self) -> None:
         """Take every hook off the model and the optimizer; the table stays."""
+        if self._ended is None:
+            self._ended = time.perf_counter()
         for handle in self._handles:
             handle.remove()
         self._handles, self._inputs, self._output_grads = [], None, None
