@@ -12,7 +12,7 @@ from dense import (
     square_root,
 )
 
-from shampoo_kernels.study.kronecker import Cosines, cosine, cosines, optimal_kronecker
+from shampoo_kernels.study.kronecker import Cosines, cosine, cosines, optimal_kronecker, unit
 
 # float64 sums of at most 1e5 products of size 1: 1e5 * 2^-53 = 1e-11 before the square roots.
 TOLERANCE = 1e-10
@@ -148,6 +148,12 @@ def test_low_precision_gradients_are_read_exactly():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rounded = grads.to(dtype)
         assert cosines(rounded) == pytest.approx(cosines(rounded.double()), abs=TOLERANCE)
+
+
+def test_norms_of_large_float32_factors():
+    """Rounding of the entries alone, 2^-24 each, is left: a float32 sum of squares adds 1e-5."""
+    A = torch.rand(784, 784, generator=torch.Generator().manual_seed(0))
+    assert float(unit(A).double().norm()) == pytest.approx(1, abs=2**-22)
 
 
 def test_steps_stop_at_the_limit_and_say_so():

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.study.gradients import Gradients, as_gradients
-from shampoo_kernels.study.kronecker import matrix_power, optimal_kronecker, power_steps, unit
+from shampoo_kernels.study.kronecker import (
+    frobenius,
+    matrix_power,
+    optimal_kronecker,
+    power_steps,
+    unit,
+)
 
 _FLOOR = 1e-6  # of the largest eigenvalue, for inverses: the ridge of `inverse_root`
 _STEPS = 50  # towards a fixed point with inverses: with singular factors it may never be reached
@@ -26,7 +32,7 @@ class Kronecker(NamedTuple):
 
     @property
     def norm(self) -> float:
-        return float(self.left.norm() * self.right.norm())
+        return frobenius(self.left) * frobenius(self.right)
 
     @property
     def trace(self) -> float:
@@ -45,7 +51,7 @@ class Corrected(NamedTuple):
 
     @property
     def norm(self) -> float:
-        return float(self.values.norm())
+        return frobenius(self.values)
 
     @property
     def trace(self) -> float:
@@ -89,7 +95,7 @@ def fixed_point(
             moved = 0.0
     # The scale comes last: with singular factors the two equations disagree about it.
     left = grads.left(_power(right, q - 1)) / _power(right, q).trace()
-    balance = left.norm().sqrt()
+    balance = frobenius(left) ** 0.5
     return left * (grads.scale / balance), right * (grads.scale * balance), moved <= tol
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.study.gradients import Gradients, as_gradients
+from shampoo_kernels.study.kronecker import frobenius
 
 _BREAKDOWN = 1e-13  # of the largest singular value: the Krylov space is exhausted
 
@@ -111,7 +112,7 @@ def _next(image: Tensor, basis: list[Tensor]) -> tuple[Tensor, float]:
     for _ in range(2):
         for other in basis:
             image = image - (image * other).sum() * other
-    size = float(image.norm())
+    size = frobenius(image)
     return image / (size or 1.0), size
 
 
