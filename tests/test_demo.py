@@ -17,9 +17,9 @@ import numpy as np
 
 from shampoo_kernels.__main__ import main
 from shampoo_kernels.commands import _data, _report, _results
-from shampoo_kernels.commands._training import Curve, layer_shapes, network, per_example_gradients
+from shampoo_kernels.commands._training import Curve, layer_cosines, layer_shapes, network
 from shampoo_kernels.commands.demo import Extent, _check_writable, measure
-from shampoo_kernels.study.kronecker import Cosines
+from shampoo_kernels.study import Cosines, cosines
 
 LAYERS = {"conv1": (16, 9), "conv2": (32, 144), "dense1": (64, 128), "dense2": (10, 64)}
 TINY = Extent(steps=4, seeds=2, batch_size=16, probes=2, learning_rates=(1e-2,))
@@ -93,18 +93,25 @@ def test_both_optimizers_start_from_the_same_weights_and_seeds_differ(measured):
     assert measured.shapes == LAYERS
 
 
-def test_per_example_gradients_are_those_of_autograd(digits):
+def test_cosines_are_those_of_single_examples(digits):
     model = network(digits.train_images, seed=0)
-    images, labels = digits.train_images[:3], digits.train_labels[:3]
-    grads = per_example_gradients(model, images, labels)
-    assert {name: grad.shape[1:] for name, grad in grads.items()} == layer_shapes(model)
-    for i in range(3):
-        model.zero_grad()
-        torch.nn.functional.cross_entropy(model(images[i : i + 1]), labels[i : i + 1]).backward()
-        for name, grad in grads.items():
-            expected = model.get_submodule(name).weight.grad.flatten(1)
-            # float32 sums of at most 64 products of size 1, in another order
-            torch.testing.assert_close(grad[i], expected, rtol=1e-4, atol=1e-5)
+    images, labels = digits.train_images[:5], digits.train_labels[:5]
+    found = layer_cosines(model, images, labels)
+    assert set(found) == set(layer_shapes(model))
+    losses = torch.nn.functional.cross_entropy(model(images), labels, reduction="none")
+    for layer, cosines_found in found.items():
+        weight = model.get_submodule(layer).weight
+        grads = [torch.autograd.grad(x, weight, retain_graph=True)[0].flatten(1) for x in losses]
+        # float32 gradients: sums of at most 64 products, and the optimum's tolerance, squared
+        assert cosines_found == pytest.approx(cosines(torch.stack(grads)), abs=1e-5)
+
+
+def test_a_layer_without_gradient_has_no_cosine(digits):
+    model = network(digits.train_images, seed=0)
+    torch.nn.init.zeros_(model.dense2.weight)
+    found = layer_cosines(model, digits.train_images[:3], digits.train_labels[:3])
+    assert math.isnan(found["dense1"].optimal)
+    assert found["dense2"].optimal > 0
 
 
 def made_up(adamw, shampoo, seconds=(1.0, 2.0), rates=(1e-3, 1e-2, 1e-1), best=1e-2):

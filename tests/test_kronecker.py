@@ -2,47 +2,21 @@
 
 import pytest
 import torch
+from dense import (
+    dense_cosine,
+    exactly_kronecker,
+    gradients,
+    rearranged,
+    second_moment,
+    spd,
+    square_root,
+)
 
-from shampoo_kernels.study.kronecker import Cosines, cosine, cosines, optimal_kronecker
+from shampoo_kernels.study.kronecker import Cosines, cosine, cosines, optimal_kronecker, unit
 
 # float64 sums of at most 1e5 products of size 1: 1e5 * 2^-53 = 1e-11 before the square roots.
 TOLERANCE = 1e-10
 SHAPES = [(1, 4, 5), (3, 1, 6), (3, 6, 1), (7, 3, 3), (40, 4, 5), (60, 8, 3), (5, 1, 1)]
-
-
-def gradients(count, m, n, seed=0):
-    """Correlated entries and uneven rows, so that the three approximations differ."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn(count, m, n, generator=generator, dtype=torch.float64)
-    mix = torch.randn(m * n, m * n, generator=generator, dtype=torch.float64)
-    return draw + 0.3 * (draw.reshape(count, -1) @ mix).reshape(count, m, n)
-
-
-def second_moment(grads):
-    """H (mn, mn) of g = vec(G), column by column."""
-    g = grads.mT.reshape(grads.shape[0], -1)
-    return g.mT @ g / grads.shape[0]
-
-
-def rearranged(H, m, n):
-    """Ĥ[m*i' + i, n*j' + j] = H[m*j + i, m*j' + i'], written out index by index."""
-    out = torch.empty(m * m, n * n, dtype=H.dtype)
-    for i in range(m):
-        for i2 in range(m):
-            for j in range(n):
-                for j2 in range(n):
-                    out[m * i2 + i, n * j2 + j] = H[m * j + i, m * j2 + i2]
-    return out
-
-
-def dense_cosine(H, left, right):
-    product = torch.kron(right, left)
-    return float((H * product).sum() / (H.norm() * product.norm()))
-
-
-def square_root(A):
-    values, vectors = torch.linalg.eigh(A)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
 
 
 def truth(grads):
@@ -56,18 +30,6 @@ def truth(grads):
         dense_cosine(H, left, right),
         dense_cosine(H, square_root(left), square_root(right)),
     )
-
-
-def spd(n, seed):
-    A = torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return A @ A.mT + 0.1 * torch.eye(n, dtype=torch.float64)
-
-
-def exactly_kronecker(m, n):
-    """The mn gradients whose second moment is B⊗A: the columns of its square root. (G, A, B)."""
-    A, B = spd(m, 1), spd(n, 2)
-    columns = torch.linalg.cholesky(torch.kron(B, A)) * (m * n) ** 0.5
-    return columns.mT.reshape(m * n, n, m).mT, A, B
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -91,7 +53,7 @@ def test_cosine_of_any_pair_against_dense(shape):
 def test_chunks_change_nothing(monkeypatch):
     grads = gradients(23, 4, 5)
     whole = cosines(grads)
-    monkeypatch.setattr("shampoo_kernels.study.kronecker._CHUNK", 100)  # 5 rows, 4 rows of the Gram
+    monkeypatch.setattr("shampoo_kernels.study.gradients.CHUNK", 100)  # 5 rows, 4 rows of the Gram
     assert cosines(grads) == pytest.approx(whole, abs=TOLERANCE)
 
 
@@ -186,6 +148,12 @@ def test_low_precision_gradients_are_read_exactly():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rounded = grads.to(dtype)
         assert cosines(rounded) == pytest.approx(cosines(rounded.double()), abs=TOLERANCE)
+
+
+def test_norms_of_large_float32_factors():
+    """Rounding of the entries alone, 2^-24 each, is left: a float32 sum of squares adds 1e-5."""
+    A = torch.rand(784, 784, generator=torch.Generator().manual_seed(0))
+    assert float(unit(A).double().norm()) == pytest.approx(1, abs=2**-22)
 
 
 def test_steps_stop_at_the_limit_and_say_so():

@@ -6,4 +6,5 @@ Each has `add_arguments(parser)` and `run(args) -> int`, the exit status.
 COMMANDS = {
     "demo": "train on real images with AdamW and with Shampoo, and compare",
     "info": "what is built, which backend serves which op on which device, and why not",
+    "study": "measure how good Kronecker approximations are, and check the paper's claims",
 }

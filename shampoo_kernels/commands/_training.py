@@ -1,5 +1,6 @@
 """The training runs of the demo: one network, two optimizers, the same batches and schedule."""
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from shampoo_kernels import Shampoo
 from shampoo_kernels.commands._data import CLASSES, Data
-from shampoo_kernels.study.kronecker import Cosines, cosines
+from shampoo_kernels.study import Cosines, Unmeasurable, cosines, layer_names, sample
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
@@ -172,30 +173,11 @@ def compare(
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(m, n) of the gradient of every layer that `per_example_gradients` has."""
+    """(m, n) of the gradient of every layer that `layer_cosines` has."""
     return {
         name.removesuffix(".weight"): (p.shape[0], p[0].numel())
         for name, p in model.named_parameters()
         if p.ndim > 1
-    }
-
-
-def per_example_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Gradients (N, out, in) of every layer with a matrix of weights, one per example.
-
-    A convolution's weight (out, in, kh, kw) is the matrix (out, in*kh*kw).
-    """
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-
-    def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        scores = torch.func.functional_call(model, weights, (image[None],))
-        return F.cross_entropy(scores, label[None])
-
-    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, images, labels)
-    return {
-        name.removesuffix(".weight"): grad.flatten(2)
-        for name, grad in grads.items()
-        if grad.ndim > 2
     }
 
 
@@ -204,10 +186,9 @@ def layer_cosines(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str,
 
     A layer whose gradients all vanish, or are not finite, has no cosine: NaN.
     """
-    nothing = Cosines(math.nan, math.nan, math.nan)
-    return {
-        name: cosines(grads, tol=COSINE_TOLERANCE)
-        if 0 < float(grads.abs().max()) < math.inf
-        else nothing
-        for name, grads in per_example_gradients(model, images, labels).items()
-    }
+    found = dict.fromkeys(layer_names(model), Cosines(math.nan, math.nan, math.nan))
+    for layer in found:
+        with contextlib.suppress(Unmeasurable):
+            grads = sample(model, images, labels, layers=layer)[layer]
+            found[layer] = cosines(grads, tol=COSINE_TOLERANCE)
+    return found

@@ -42,7 +42,7 @@ def collect() -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "triton": _version("triton", "not installed (a CUDA build of torch brings it along)"),
-            "numpy": _version("numpy", "not installed (only the demo needs it)"),
+            "numpy": _version("numpy", "not installed (only demo and study need it)"),
         },
         "machine": {"cpu": _cpu(), "gpus": _gpus(), "threads": torch.get_num_threads()},
         "native": _native(),

@@ -56,8 +56,8 @@ def words(options: tuple) -> str:
     return " or ".join(f'"{o}"' if isinstance(o, str) else str(o) for o in options)
 
 
-def check_option(op: str, name: str, given: object, options: tuple[str, ...]) -> None:
-    if not isinstance(given, str) or given not in options:
+def check_option(op: str, name: str, given: object, options: tuple) -> None:
+    if not isinstance(given, type(options[0])) or given not in options:
         raise ValueError(f"{op}: {name} must be {words(options)}, got {given!r}")
 
 

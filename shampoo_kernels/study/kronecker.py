@@ -5,6 +5,8 @@ H is (mn, mn); everything here works on the gradients G (N, m, n) that it comes 
 with g = vec(G) column by column, Frobenius norms, and E the mean over the N gradients given (all
 pairs b, b' count, b = b' included: that is the second moment of exactly these gradients).
 
+`grads` is a tensor (N, m, n), which is measured in float64, or what `sample` returns.
+
 Source: Morwani et al. 2024 (arXiv 2406.17748); Van Loan and Pitsianis 1993.
 """
 
@@ -14,15 +16,13 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.ops import common
-from shampoo_kernels.ops.kronecker_power_step import kronecker_power_step
-
-_CHUNK = 1 << 22  # float64 elements of one temporary: 32 MiB
+from shampoo_kernels.study.gradients import Gradients, as_gradients, check_size
 
 
 class OptimalKronecker(NamedTuple):
     """H ≈ sigma * (right ⊗ left), the nearest Kronecker product in Frobenius norm."""
 
-    left: Tensor  # (m, m) float64, unit norm, positive semi-definite
+    left: Tensor  # (m, m), unit norm, positive semi-definite
     right: Tensor  # (n, n), likewise
     sigma: float  # the largest singular value of the rearranged H
     steps: int
@@ -37,8 +37,8 @@ class Cosines(NamedTuple):
     shampoo: float  # L^1/2 ⊗ R^1/2
 
 
-def cosine(grads: Tensor, left: Tensor, right: Tensor) -> float:
-    """Cosine between H = E[ggᵀ] and right ⊗ left, in float64.
+def cosine(grads: Tensor | Gradients, left: Tensor, right: Tensor) -> float:
+    """Cosine between H = E[ggᵀ] and right ⊗ left.
 
     Args:
         grads: (N, m, n), any float dtype: N gradients of one layer, per example or per step.
@@ -47,21 +47,19 @@ def cosine(grads: Tensor, left: Tensor, right: Tensor) -> float:
     Raises:
         TypeError, ValueError: another shape or dtype, nothing but zeros, or NaN or infinity.
     """
-    _check_grads("cosine", grads)
-    _check_factor("cosine", "left", left, grads.shape[1])
-    _check_factor("cosine", "right", right, grads.shape[2])
-    grads, _ = _prepare(grads)
-    return _inner(grads, _unit(left.double()), _unit(right.double())) / _norm(grads)
+    grads = as_gradients("cosine", grads)
+    _check_factor("cosine", "left", left, grads.shape[0])
+    _check_factor("cosine", "right", right, grads.shape[1])
+    return grads.inner(unit(left.to(grads.dtype)), unit(right.to(grads.dtype))) / grads.norm
 
 
 def optimal_kronecker(
-    grads: Tensor, *, tol: float = 1e-10, max_steps: int = 1000
+    grads: Tensor | Gradients, *, tol: float = 1e-10, max_steps: int = 1000
 ) -> OptimalKronecker:
     """The Kronecker product nearest to H = E[ggᵀ], by alternating power steps from the identity.
 
     Each half step is the least-squares optimal factor given the other one, so sigma never falls;
-    the factors converge at the rate (sigma_2 / sigma_1)². Memory: a float64 copy of `grads`
-    and the temporaries of one power step, a few times as much.
+    the factors converge at the rate (sigma_2 / sigma_1)².
 
     Args:
         grads: (N, m, n), any float dtype.
@@ -71,18 +69,43 @@ def optimal_kronecker(
     Raises:
         TypeError, ValueError: as `cosine`; tol below 0; max_steps below 1.
     """
-    _check_grads("optimal_kronecker", grads)
+    grads = as_gradients("optimal_kronecker", grads)
     if not tol >= 0:
         raise ValueError(f"optimal_kronecker: tol must be at least 0, got {tol}")
     if max_steps < 1:
         raise ValueError(f"optimal_kronecker: max_steps must be at least 1, got {max_steps}")
-    grads, scale = _prepare(grads)
-    best = _optimal(grads, tol, max_steps)
-    return best._replace(sigma=best.sigma * scale**2)
+    left, right = (unit(factor) for factor in grads.identities())
+    steps, moved = 0, float("inf")
+    while steps < max_steps and moved > tol:
+        steps += 1
+        new_left = unit(grads.left(right))
+        new_right = grads.right(new_left)
+        sigma = frobenius(new_right)
+        new_right = unit(new_right)
+        moved = max(float((new_left - left).norm()), float((new_right - right).norm()))
+        left, right = new_left, new_right
+    return OptimalKronecker(left, right, sigma * grads.scale**2, steps, moved <= tol)
 
 
-def cosines(grads: Tensor, *, tol: float = 1e-6, max_steps: int = 1000) -> Cosines:
-    """Cosine of H = E[ggᵀ] with the optimal Kronecker product, Shampoo² and Shampoo, in float64.
+def power_steps(grads: Tensor | Gradients, steps: int) -> tuple[Tensor, Tensor]:
+    """The factors (L, R) after simultaneous power steps from the identities, at unit norm.
+
+    L <- E[G R Gᵀ], R <- E[Gᵀ L G]. One step makes Shampoo's own statistics E[GGᵀ] and E[GᵀG].
+
+    Raises:
+        TypeError, ValueError: as `cosine`; steps below 0.
+    """
+    grads = as_gradients("power_steps", grads)
+    if steps < 0:
+        raise ValueError(f"power_steps: steps must be at least 0, got {steps}")
+    left, right = (unit(factor) for factor in grads.identities())
+    for _ in range(steps):
+        left, right = unit(grads.left(right)), unit(grads.right(left))
+    return left, right
+
+
+def cosines(grads: Tensor | Gradients, *, tol: float = 1e-6, max_steps: int = 1000) -> Cosines:
+    """Cosine of H = E[ggᵀ] with the optimal Kronecker product, Shampoo² and Shampoo.
 
     L = E[GGᵀ] and R = E[GᵀG]: Shampoo² is L ⊗ R, one power step from the identity; Shampoo is
     L^1/2 ⊗ R^1/2.
@@ -94,92 +117,40 @@ def cosines(grads: Tensor, *, tol: float = 1e-6, max_steps: int = 1000) -> Cosin
     Raises:
         TypeError, ValueError: as `cosine`.
     """
-    _check_grads("cosines", grads)
-    grads, _ = _prepare(grads)
-    norm = _norm(grads)
-    best = _optimal(grads, tol, max_steps)
-    left, right = (_unit(factor) for factor in kronecker_power_step(grads, *_identities(grads)))
-    roots = _unit(_square_root(left)), _unit(_square_root(right))
+    grads = as_gradients("cosines", grads)
+    best = optimal_kronecker(grads, tol=tol, max_steps=max_steps)
+    left, right = power_steps(grads, 1)
     return Cosines(
-        optimal=best.sigma / norm,
-        shampoo_squared=_inner(grads, left, right) / norm,
-        shampoo=_inner(grads, *roots) / norm,
+        optimal=best.sigma / (grads.scale**2 * grads.norm),
+        shampoo_squared=grads.inner(left, right) / grads.norm,
+        shampoo=cosine(grads, matrix_power(left, 0.5), matrix_power(right, 0.5)),
     )
 
 
-def _optimal(grads: Tensor, tol: float, max_steps: int) -> OptimalKronecker:
-    left, right = (_unit(factor) for factor in _identities(grads))
-    for step in range(1, max_steps + 1):
-        new_left, new_right = kronecker_power_step(grads, left, right, scheme="alternating")
-        sigma = float(new_left.norm() * new_right.norm())
-        new_left, new_right = _unit(new_left), _unit(new_right)
-        moved = max(float((new_left - left).norm()), float((new_right - right).norm()))
-        left, right = new_left, new_right
-        if moved <= tol:
-            return OptimalKronecker(left, right, sigma, step, True)
-    return OptimalKronecker(left, right, sigma, max_steps, False)
+def matrix_power(A: Tensor, power: float, floor: float = 0.0) -> Tensor:
+    """A^power of a positive semi-definite matrix (n, n), exactly symmetric.
 
-
-def _identities(grads: Tensor) -> tuple[Tensor, Tensor]:
-    m, n = (torch.eye(k, dtype=grads.dtype, device=grads.device) for k in grads.shape[1:])
-    return m, n
-
-
-def _norm(grads: Tensor) -> float:
-    """‖H‖ from the Gram matrix of the N gradients, a few of its rows at a time."""
-    flat = grads.reshape(grads.shape[0], -1)
-    count = flat.shape[0]
-    rows = max(1, _CHUNK // count)
-    total = 0.0
-    for start in range(0, count, rows):
-        gram = flat[start : start + rows] @ flat[start:].T
-        width = gram.shape[0]
-        total += float(gram[:, :width].square().sum() + 2 * gram[:, width:].square().sum())
-    return total**0.5 / count
-
-
-def _inner(grads: Tensor, left: Tensor, right: Tensor) -> float:
-    """<H, right ⊗ left> = E tr(Gᵀ L G Rᵀ)."""
-    rows = max(1, _CHUNK // grads[0].numel())
-    total = sum(float((chunk * (left @ chunk @ right.mT)).sum()) for chunk in grads.split(rows))
-    return total / grads.shape[0]
-
-
-def _square_root(A: Tensor) -> Tensor:
-    """A^1/2 of a positive semi-definite matrix; rounding may have made eigenvalues negative."""
+    Eigenvalues below `floor` times the largest, which rounding may have made negative, count as
+    that; powers below 0 need a floor above 0.
+    """
     values, vectors = torch.linalg.eigh(A)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+    values = values.clamp(min=floor * float(values[-1])) ** power
+    return common.mirror_lower((vectors * values) @ vectors.mT)
 
 
-def _unit(A: Tensor) -> Tensor:
+def unit(A: Tensor) -> Tensor:
+    """A at Frobenius norm 1."""
     A = A / A.abs().max()  # so that the squares in the norm cannot under- or overflow
-    return A / A.norm()
+    return A / frobenius(A)
 
 
-def _prepare(grads: Tensor) -> tuple[Tensor, float]:
-    """Gradients in float64 with largest entry 1 (their fourth powers cannot under- or overflow)."""
-    scale = float(grads.abs().max())
-    return grads.double() / scale, scale
-
-
-def _check_grads(op: str, grads: Tensor) -> None:
-    common.check_tensors(op, grads=grads)
-    common.check_dtype(op, "grads", grads, common.FLOATS)
-    if grads.ndim != 3 or grads.numel() == 0:
-        raise ValueError(f"{op}: grads must be (N, m, n), none of them 0, got {tuple(grads.shape)}")
-    _check_numbers(op, "grads", grads)
+def frobenius(A: Tensor) -> float:
+    """‖A‖, summed in float64: float32 sums of a million squares are 1e-5 off."""
+    return float(torch.linalg.vector_norm(A, dtype=torch.float64))
 
 
 def _check_factor(op: str, name: str, factor: Tensor, size: int) -> None:
     common.check_tensors(op, **{name: factor})
     common.check_dtype(op, name, factor, common.FLOATS)
     common.check_shape(op, name, factor, (size, size))
-    _check_numbers(op, name, factor)
-
-
-def _check_numbers(op: str, name: str, tensor: Tensor) -> None:
-    largest = float(tensor.abs().max())  # NaN where there is one
-    if not largest < float("inf"):
-        raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
-    if largest == 0:
-        raise ValueError(f"{op}: {name} is zero everywhere: there is no cosine with a zero matrix")
+    check_size(op, name, float(factor.abs().max()))
