@@ -4,6 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# These run in a process of their own, which test_interpreted.py starts.
+INTERPRETED = ("test_tiles.py", "test_product.py")
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else list(INTERPRETED)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
