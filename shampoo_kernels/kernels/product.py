@@ -103,9 +103,9 @@ def _measure(out, diagonal, MEASURE: tl.constexpr):
     if MEASURE == "distance":
         distance = tl.abs(out - diagonal.to(tl.float32))
         distance = tl.where(distance == distance, distance, float("inf"))
-        return tl.max(tl.max(distance, 1), 0)
+        return tl.max(distance)
     else:
-        return tl.sum(tl.sum(out * out, 1), 0)
+        return tl.sum(out * out)
 
 
 @triton.jit

@@ -54,7 +54,7 @@ _OPS = {  # the modes that each op's operands come in, apart from "16-bit"
 
 
 def _rows(op: str, fp32: tuple[str, ...]) -> tuple[Row, ...]:
-    rows = (
+    rows: tuple[Row, ...] = (
         Row("sm_90", op, ("16-bit",), _SMALL, "descriptor", 64, 64, 4, 4),
         Row("sm_90", op, ("16-bit",), _LARGE, "descriptor", 128, 64, 8, 4),
         Row("sm_90", op, ("16-bit",), _SMALL, "pointer", 64, 64, 4, 4),
@@ -62,16 +62,14 @@ def _rows(op: str, fp32: tuple[str, ...]) -> tuple[Row, ...]:
         Row("sm_90", op, fp32, _SMALL, "descriptor", 64, 32, 4, 4),
         Row("sm_90", op, fp32, _LARGE, "descriptor", 128, 32, 8, 3),
         Row("sm_90", op, (*fp32, "ieee"), _LARGE, "pointer", 64, 32, 4, 3),
-        Row("sm_80", op, ("16-bit",), _LARGE, "pointer", 64, 64, 4, 4),
-        Row("sm_80", op, (*fp32, "ieee"), _LARGE, "pointer", 64, 32, 4, 3),
+        Row("sm_80", op, ("16-bit",), _LARGE, "pointer", 64, 32, 4, 4),
+        Row("sm_80", op, (*fp32, "ieee"), _LARGE, "pointer", 64, 32, 4, 2),
         Row("sm_100", op, ("16-bit", *fp32, "ieee"), _LARGE, "pointer", 64, 32, 4, 3),
         Row("gfx942", op, ("16-bit", *_HIP, "ieee"), _LARGE, "pointer", 64, 32, 4, 2),
     )
     if op == "newton":  # all of its matrices are float32
-        rows = tuple(
-            row._replace(modes=tuple(m for m in row.modes if m != "16-bit")) for row in rows
-        )
-    return tuple(row for row in rows if row.modes)
+        rows = tuple(row for row in rows if row.modes != ("16-bit",))
+    return rows
 
 
 ROWS = tuple(row for op, fp32 in _OPS.items() for row in _rows(op, fp32))
