@@ -57,7 +57,7 @@ def prepare(
         *(x if isinstance(x, Tensor) else float(x) for x in (a, b, c)), scale16,
     )  # fmt: skip
     meta = {
-        "a_stride": _factor_stride(a), "b_stride": _factor_stride(b), "c_stride": _factor_stride(c),
+        "a_stride": factor_stride(a), "b_stride": factor_stride(b), "c_stride": factor_stride(c),
         "A_TRANSPOSED": descriptors and plans[0].turned,
         "B_TRANSPOSED": descriptors and plans[1].turned,
         "DESCRIPTORS": descriptors, "SYMMETRIC": symmetric, "MEASURE": measure,
@@ -107,5 +107,6 @@ def _stack(x: Tensor) -> Tensor:
     return x if x.ndim == 4 else x.unsqueeze(0)
 
 
-def _factor_stride(x: Factor) -> int | None:
+def factor_stride(x: Factor) -> int | None:
+    """What the kernels step by to the factor of the next block; None for a float."""
     return (0 if x.numel() == 1 else x.stride(0)) if isinstance(x, Tensor) else None

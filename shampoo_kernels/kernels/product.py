@@ -113,7 +113,7 @@ def _pointers(base, outer, block, row, column, strides, HEIGHT: tl.constexpr, WI
     """All in 64 bits: stacks exceed 2^31 elements."""
     rows = row + tl.arange(0, HEIGHT)[:, None].to(tl.int64)
     columns = column + tl.arange(0, WIDTH)[None, :].to(tl.int64)
-    base += outer.to(tl.int64) * strides[0] + block.to(tl.int64) * strides[1]
+    base += tl.cast(outer, tl.int64) * strides[0] + tl.cast(block, tl.int64) * strides[1]
     return base + rows * strides[2] + columns * strides[3], rows, columns
 
 
