@@ -302,9 +302,11 @@ def test_strides(backend):
 def test_auto_is_a_pure_function():
     assert root_method("cpu", 2.0, "highest", 1e-6) == "eigh"
     assert root_method("cuda", 2.0, "highest", 1e-6) == "newton"
-    assert root_method("cuda", 2.0, "high", 1e-6) == "product"
-    assert root_method("cuda", 3.0, "high", 1e-6) == "newton"
-    assert root_method("cuda", 2.0, "medium", 1e-6) == "newton"
+    assert root_method("cuda", 2.0, "high", 1e-6) == "newton"
+    assert root_method("cuda", 2.0, "high", 1e-4) == "product"
+    assert root_method("cuda", 3.0, "high", 1e-4) == "newton"
+    assert root_method("cuda", 4.0, "medium", 1e-4) == "newton"
+    assert root_method("cuda", 4.0, "medium", 1e-3) == "product"
     assert root_method("cuda", 1.5, "highest", 1e-6) == "eigh"
 
 

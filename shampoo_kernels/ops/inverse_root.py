@@ -63,9 +63,9 @@ def inverse_root(
             "product" is made for; smaller ones saturate. Default: ridge, at least 1e-6 in float32.
         method: "newton" (coupled M-form), "product" (product form), "eigh", or "auto": "eigh" on
             the CPU and for a p that has no iteration, else by precision.
-        precision: of float32 products on a GPU. "high" with "newton" needs a design_floor (by
-            default the ridge) >= 1e-4, "medium" needs "product" and >= 1e-5. On any device
-            "product" with p = 4 in float32 needs >= 1e-6.
+        precision: the least of float32 products on a GPU; more where the design_floor demands it.
+            "high" with "newton" needs a design_floor (by default the ridge) >= 1e-4, "medium" needs
+            "product" and >= 1e-5. On any device "product" with p = 4 in float32 needs >= 1e-6.
         rank_rtol: with "eigh", eigenvalues <= rank_rtol * the largest count as zero and
             contribute nothing: the root of the pseudo-inverse.
         previous: (*, n, n), dtype of A: the roots to keep where a block fails.
@@ -128,7 +128,8 @@ def root_method(device: str, p: float, precision: str, floor: float) -> str:
     """What "auto" stands for: a pure function of device type, p, precision and design floor."""
     if device == "cpu" or not (p.is_integer() and p <= 64) or floor <= 0:
         return "eigh"
-    low = floor >= {"highest": math.inf, "high": 1e-6, "medium": 1e-5}[precision]
+    # Where 16-bit operands converge for every spectrum; below, newton's half products cost less.
+    low = precision != "highest" and floor >= (1e-3 if p == 4 else 1e-4)
     return "product" if low and p in roots.PRODUCT_ROOTS else "newton"
 
 
@@ -215,9 +216,23 @@ def _implementation_(
             root.copy_(dense)
         return
     kept = previous if fallback == "previous" else None
-    roots.by_iteration(method, A, int(p), ridge, floor, kept, root, residual, status)
+    backend = choose(_OP, A.device.type, A.dtype)
+    for part in _parts(A, backend):
+        roots.by_iteration(
+            method, A[part], int(p), ridge, floor, None if kept is None else kept[part],
+            root[part], residual[part], status[part], backend=backend, precision=precision,
+        )  # fmt: skip
     if fallback == "eigh":
         _fall_back(root, residual, status, A, p, ridge, previous)
+
+
+def _parts(A: Tensor, backend: str) -> list[slice]:
+    """The blocks in chunks of bounded workspace on a GPU's kernels, else all at once."""
+    if backend != "triton":
+        return [slice(None)]
+    from shampoo_kernels.kernels import inverse_root as kernels  # needs triton
+
+    return kernels.chunks(*A.shape[:2])
 
 
 def _fall_back(

@@ -26,15 +26,25 @@ def by_iteration(
     root: Tensor,
     residual: Tensor,
     status: Tensor,
+    *,
+    backend: str = "reference",
+    precision: str = "highest",
 ) -> None:
     """ "newton" or "product" on (A + ridge*bound*I) / ((1 + ridge)*bound), never synchronising."""
     bound, usable, scale = _bound(A)
-    scaled = mirror_lower(A) / (scale * (1 + ridge)).view(-1, 1, 1)
-    scaled.diagonal(dim1=-2, dim2=-1).add_(ridge / (1 + ridge))
-    scaled = _replace(scaled, ~usable)
-    iterate = iterations.newton if method == "newton" else iterations.product
+    divisor, shift = scale * (1 + ridge), ridge / (1 + ridge)
     steps = schedule(floor, 2 if (method, p) == ("product", 1) else p, A.dtype)
-    X, distance = iterate(scaled, p, steps)
+    if backend == "triton":
+        from shampoo_kernels.kernels import inverse_root as kernels  # needs triton
+
+        arithmetic = kernels.arithmetic(method, A.shape[-1], p, floor, precision)
+        X, distance = kernels.iterate(method, A, divisor, usable, shift, p, steps, arithmetic)
+    else:
+        scaled = mirror_lower(A) / divisor.view(-1, 1, 1)
+        scaled.diagonal(dim1=-2, dim2=-1).add_(shift)
+        scaled = _replace(scaled, ~usable)
+        iterate = iterations.newton if method == "newton" else iterations.product
+        X, distance = iterate(scaled, p, steps)
     X = X * _power(scale * (1 + ridge), -1 / p).view(-1, 1, 1)
     distance = torch.where(usable, distance, torch.inf)
     _finish(X, distance, bound, p, previous, root, residual, status)
