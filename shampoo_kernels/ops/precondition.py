@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common
 
 _OP = "precondition"
@@ -111,13 +112,25 @@ def _check_out(out, grad, left, right, *, precision="highest") -> None:
 def _implementation_(out, grad, left, right, *, precision="highest") -> Tensor:
     _check_out(out, grad, left, right, precision=precision)
     common.check_apart(_OP, "out", out, grad=grad, left=left, right=right)
-    return precondition_ref_(out, grad, left, right)
+    return _apply_(out, grad, left, right, precision)
 
 
 def _implementation(grad, left, right, *, precision="highest") -> tuple[Tensor, Tensor]:
     _check(grad, left, right, precision=precision)
     out = grad.new_empty(grad.shape, dtype=_dtype(grad))
-    return out, precondition_ref_(out, grad, left, right)
+    return out, _apply_(out, grad, left, right, precision)
+
+
+def _apply_(
+    out: Tensor, grad: Tensor, left: Tensor | None, right: Tensor | None, precision: str
+) -> Tensor:
+    factors = left is not None or right is not None
+    if factors and choose(_OP, out.device.type, out.dtype) == "triton":
+        from shampoo_kernels.kernels import precondition as kernels  # needs triton
+
+        left, right = (x if x is None or x.itemsize < 8 else x.float() for x in (left, right))
+        return kernels.precondition_(out, grad, left, right, precision)
+    return precondition_ref_(out, grad, left, right)
 
 
 def _fake_(out, grad, left, right, *, precision="highest") -> Tensor:
