@@ -26,10 +26,10 @@ def everything(jobs: list[tuple]) -> dict[tuple, dict | str]:
         return dict(zip(jobs, pool.map(_work, jobs), strict=True))
 
 
-def _work(job: tuple) -> dict | str:
+def _work(job: tuple) -> dict | list | str:
     target, function, *arguments = job
     try:
-        return compiled(target, *globals()[function](*arguments))
+        return globals()[function](target, *arguments)
     except Exception as error:  # the test that asks for this job fails with it
         return f"{type(error).__name__}: {error}"
 
@@ -90,15 +90,15 @@ def _scratch(assembly: str) -> int:
     return int(re.search(r"ScratchSize: (\d+)", assembly).group(1))
 
 
-def row(index: int, mode: str, turned: bool):
+def row(target: str, index: int, mode: str, turned: bool) -> dict:
     """The product kernel with row `index` of the table in this mode, as the row's op calls it;
     turned: with transposed operands (Gᵀ G)."""
     from shampoo_kernels.kernels import launch, table
     from shampoo_kernels.kernels.product import product_kernel
 
     chosen = table.ROWS[index]
-    table.target = lambda device: chosen.target
-    table.select = lambda *arguments: chosen
+    table.target = lambda device: target
+    select, table.select = table.select, lambda *arguments: chosen
     sixteen = torch.float16 if chosen.op == "product" else torch.bfloat16
     A = torch.empty(2, 160, 160, dtype=sixteen if mode == "16-bit" else torch.float32)
     A = A.mT if turned else A
@@ -111,6 +111,42 @@ def row(index: int, mode: str, turned: bool):
         "product": {"C": D, "D16": other.half()},
         "precondition": {"measure": "squares"},
     }[chosen.op]
-    prepared = launch.prepare(A, A.mT, D, op=chosen.op, precision=mode, **options)
+    try:
+        prepared = launch.prepare(A, A.mT, D, op=chosen.op, precision=mode, **options)
+    finally:
+        table.select = select
     assert prepared.meta["DESCRIPTORS"] == (chosen.form == "descriptor")
-    return product_kernel, prepared
+    return compiled(target, product_kernel, prepared)
+
+
+def flow(target: str, op: str, n: int, *arguments) -> list[dict]:
+    """Every different kernel that a whole op launches on (2, n, n) tensors: nothing is run, each is
+    compiled from the very arguments of its launch."""
+    from shampoo_kernels.kernels import gram_ema, inverse_root, precondition, product, table
+    from shampoo_kernels.ops import roots
+
+    found = {}
+
+    def record(kernel, launch, on):
+        key = (kernel.fn.__name__, repr(launch.meta), *(type(x).__name__ for x in launch.arguments))
+        if key not in found:
+            found[key] = compiled(target, kernel, launch)
+            multiplies = kernel is product.product_kernel and launch.arguments[8] > 0
+            found[key] |= {"descriptors": launch.meta.get("DESCRIPTORS"), "multiplies": multiplies}
+
+    table.target = lambda device: target
+    product.run = gram_ema.run = record
+    G, S = torch.zeros(2, n, n, dtype=torch.bfloat16), torch.zeros(2, n, n)
+    if op == "gram_ema_":
+        weighted, splits = arguments
+        gram_ema.k_splits = lambda *_: splits
+        weight = S.clone() if weighted else None
+        gram_ema.accumulate_(S, G[:, None].mT, weight, torch.zeros(2), 0.5, "highest")
+    elif op == "inverse_root":
+        method, p, precision = arguments
+        one, steps = torch.ones(2), roots.schedule(1e-3, p, torch.float32)
+        arithmetic = inverse_root.arithmetic(method, n, p, 1e-3, precision)
+        inverse_root.iterate(method, S, one, one > 0, 1e-3, p, steps, arithmetic)
+    else:
+        precondition.precondition_(torch.empty_like(S), G, S, S, *arguments)
+    return list(found.values())

@@ -27,6 +27,18 @@ def job(index, mode, turned):
     return (table.ROWS[index].target, "row", index, mode, turned)
 
 
+FLOWS = [
+    ("gram_ema_", True, 1), ("gram_ema_", False, 4), ("precondition", "highest"),
+    ("inverse_root", "newton", 2, "highest"), ("inverse_root", "product", 4, "high"),
+    ("inverse_root", "product", 2, "high"), ("inverse_root", "product", 2, "highest"),
+]  # fmt: skip
+
+
+def flow_job(target, case, n):
+    op, *rest = case
+    return (target, "flow", op, n, *rest)
+
+
 @pytest.fixture(scope="session")
 def binaries(request):
     """{job: facts} of every job that the selected tests ask for, compiled on two processes."""
@@ -34,6 +46,11 @@ def binaries(request):
         job(*item.callspec.params["case"], item.callspec.params["turned"])
         for item in request.session.items
         if item.originalname == "test_every_row_compiles"
+    ]
+    wanted += [
+        flow_job(*(item.callspec.params[name] for name in ("target", "case", "n")))
+        for item in request.session.items
+        if item.originalname == "test_every_kernel_of_an_op_compiles"
     ]
     return ahead.everything(wanted)
 
@@ -71,6 +88,25 @@ def test_every_row_compiles(case, turned, binaries):
     assert not any(facts[other] for other in others)
     assert (facts["cp.async.bulk.tensor"] > 0) == (row.form == "descriptor")
     assert facts["wide_offsets"] or row.form == "descriptor"
+
+
+@pytest.mark.parametrize("case", FLOWS, ids=str)
+@pytest.mark.parametrize(("target", "n"), [
+    ("sm_90", 64), *(pytest.param(*x, marks=pytest.mark.slow) for x in
+    (("sm_90", 60), ("sm_80", 64), ("sm_100", 64), ("gfx942", 64))),
+])  # fmt: skip
+def test_every_kernel_of_an_op_compiles(target, case, n, binaries):
+    """From the op's own launches, output and operand dtypes, overlapping stacks of stacks and all;
+    sizes that descriptors can describe (64) get them, others (60 in 16 bits) may not."""
+    kernels = binaries[flow_job(target, case, n)]
+    assert isinstance(kernels, list), kernels
+    assert kernels
+    for facts in kernels:
+        assert facts["stack"] == 0
+        assert facts["shared"] <= SHARED[target]
+        assert not facts["trap"]
+        if target != "sm_90" or n == 64:
+            assert bool(facts["descriptors"]) == (target == "sm_90" and facts["multiplies"])
 
 
 def test_every_word_has_a_row_on_every_target():

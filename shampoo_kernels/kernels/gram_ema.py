@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shampoo_kernels.kernels.launch import factor_stride
+from shampoo_kernels.kernels.launch import Launch, factor_stride, run
 from shampoo_kernels.kernels.product import _factor, _load, _store, product
 from shampoo_kernels.kernels.tiles import triangle
 
@@ -65,10 +65,12 @@ def combine_(stat: Tensor, parts: Tensor, beta: float | Tensor, alpha: float | T
     """stat (B, m, m) <- beta*stat + alpha * sum of parts (S, B, m, m), in the order of S."""
     batch, m, _ = stat.shape
     rows = triton.cdiv(m, _BLOCK)
-    combine_kernel[(batch * rows * (rows + 1) // 2,)](
-        stat, parts, m, (0, *stat.stride()), parts.stride(), beta, alpha,
-        factor_stride(beta), factor_stride(alpha), parts.shape[0], _BLOCK, num_warps=8,
-    )  # fmt: skip
+    arguments = (stat, parts, m, (0, *stat.stride()), parts.stride(), beta, alpha)
+    meta = {
+        "beta_stride": factor_stride(beta), "alpha_stride": factor_stride(alpha),
+        "SPLITS": parts.shape[0], "BLOCK": _BLOCK, "num_warps": 8,
+    }  # fmt: skip
+    run(combine_kernel, Launch((batch * rows * (rows + 1) // 2,), arguments, meta), stat)
 
 
 @triton.jit

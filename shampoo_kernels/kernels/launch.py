@@ -16,7 +16,7 @@ _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 class Launch(NamedTuple):
-    """What `product` makes of its arguments: `product_kernel[grid](*arguments, **meta)`."""
+    """A launch that is ready: `kernel[grid](*arguments, **meta)`."""
 
     grid: tuple[int]
     arguments: tuple
@@ -66,6 +66,11 @@ def prepare(
         "num_warps": row.warps, "num_stages": row.stages,
     }  # fmt: skip
     return Launch((outer * blocks * tiles,), arguments, meta)
+
+
+def run(kernel, launch: Launch, on: Tensor) -> None:
+    with torch.cuda.device_of(on):  # triton launches on the current device
+        kernel[launch.grid](*launch.arguments, **launch.meta)
 
 
 class _Plan(NamedTuple):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shampoo_kernels.kernels.launch import Factor, prepare
+from shampoo_kernels.kernels.launch import Factor, prepare, run
 from shampoo_kernels.kernels.tiles import rectangle, triangle
 
 # The interpreter multiplies the bit patterns of bfloat16 and knows neither bf16x3 nor bf16x6.
@@ -186,5 +186,5 @@ def product(
                      symmetric=symmetric, measure=measure, precision=precision)  # fmt: skip
     if launch is None:
         return None if measure is None else D.new_zeros(D.shape[:-2].numel(), 0)
-    product_kernel[launch.grid](*launch.arguments, **launch.meta)
+    run(product_kernel, launch, D)
     return launch.arguments[5]

@@ -57,7 +57,7 @@ def _rows(op: str, fp32: tuple[str, ...]) -> tuple[Row, ...]:
     rows: tuple[Row, ...] = (
         Row("sm_90", op, ("16-bit",), _SMALL, "descriptor", 64, 64, 4, 4),
         Row("sm_90", op, ("16-bit",), _LARGE, "descriptor", 128, 64, 8, 4),
-        Row("sm_90", op, ("16-bit",), _SMALL, "pointer", 64, 64, 4, 4),
+        Row("sm_90", op, ("16-bit",), _SMALL, "pointer", 64, 32, 4, 4),
         Row("sm_90", op, ("16-bit",), _LARGE, "pointer", 128, 64, 8, 3),
         Row("sm_90", op, fp32, _SMALL, "descriptor", 64, 32, 4, 4),
         Row("sm_90", op, fp32, _LARGE, "descriptor", 128, 32, 8, 3),
