@@ -106,6 +106,8 @@ def check_gram() -> None:
                 grad = draw(3, m, n, dtype=dtype)
                 G = grad.double() if side == "left" else grad.double().mT
                 kept, summed = G.shape[-2:]
+                if kept > 1000:
+                    continue
                 weight = draw(3, summed, summed, seed=2)
                 weight = weight + weight.mT
                 for W in (None, weight):
