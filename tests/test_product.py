@@ -245,6 +245,16 @@ def test_64_bit_offsets():
     assert_close(D, exact(A, A.mT))
 
 
+def test_descriptors_get_aligned_strides():
+    """16 bytes and multiples of each other, whatever stands where there is one block or one row."""
+    x = torch.empty(8, 1, 40)[:1].as_strided((1, 1, 1, 40), (7, 3, 5, 1))
+    assert launch._strides(x) == [48, 48, 48, 1]
+    x = torch.empty(3, 2, 24, 40)
+    assert launch._strides(x) == [1920, 960, 40, 1]
+    assert launch._strides(x[:1]) == [1920, 960, 40, 1]
+    assert launch._strides(x[:, :1]) == [1920, 960, 40, 1]
+
+
 def test_launches_share_one_kernel():
     """Factors, sizes and strides are arguments: what a step changes compiles nothing."""
     A, D = draw(2, 64, 64), poisoned(2, 64, 64)

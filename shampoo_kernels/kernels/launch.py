@@ -103,9 +103,13 @@ class _Plan(NamedTuple):
 
 
 def _strides(x: Tensor) -> list[int]:
-    """Its strides, but for dimensions of size 1, where they mean nothing, aligned ones."""
-    outer = zip(x.stride()[:-1], x.shape[:-1], strict=True)
-    return [*(16 if size == 1 else stride for stride, size in outer), x.stride(-1)]
+    """Its strides; where a dimension has size 1 and they mean nothing, the next aligned ones."""
+    strides = [x.stride(-1)]
+    for size, stride, inner in zip(
+        x.shape[-2::-1], x.stride()[-2::-1], x.shape[:0:-1], strict=True
+    ):
+        strides.append(-(-strides[-1] * inner // 16) * 16 if size == 1 else stride)
+    return strides[::-1]
 
 
 def _stack(x: Tensor) -> Tensor:
