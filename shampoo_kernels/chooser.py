@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from shampoo_kernels import native
+from shampoo_kernels import kernels, native
 
 BACKENDS = ("reference", "native", "triton")
 
@@ -19,6 +19,7 @@ class Row(NamedTuple):
     backend: str
     dtypes: tuple[torch.dtype, ...]
     what: str
+    measured: bool = True  # else it serves only where its backend is asked for by name
 
 
 class Served(NamedTuple):
@@ -43,6 +44,10 @@ TABLE = (
         (torch.float32, torch.float64),
         "products or one LAPACK call a block",
     ),
+    Row("gram_ema_", "cuda", "triton", (torch.float32,), "symmetric product", False),
+    Row("kronecker_power_step", "cuda", "triton", (torch.float32,), "symmetric product", False),
+    Row("inverse_root", "cuda", "triton", (torch.float32,), "iterations in half products", False),
+    Row("precondition", "cuda", "triton", (torch.float32,), "norm in the product", False),
 )
 OPS = (
     "gram_ema_",
@@ -70,9 +75,9 @@ def choose(op: str, device: str, dtype: torch.dtype) -> str:
         _check_present(wanted, _VARIABLE)
     for row in TABLE:
         if (row.op, row.device) == (op, device) and dtype in row.dtypes:
-            if wanted not in (None, row.backend) or why_absent(row) is not None:
-                continue
-            return row.backend
+            asked = wanted == row.backend or (wanted is None and row.measured)
+            if asked and why_absent(row) is None:
+                return row.backend
     return "reference"
 
 
@@ -92,6 +97,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def why_absent(row: Row) -> str | None:
     """Why the kernel of this row cannot run here, or None where it can."""
+    if row.backend == "triton":
+        return kernels.why_not()
     if native.lib is None:
         return native.why_not
     if row.op == "inverse_root" and not native.lib.has_lapack():
@@ -115,7 +122,11 @@ def _served(op: str, device: str) -> Served:
             return Served("reference", f"{row.backend} is absent: {absent}")
         if choose(op, device, row.dtypes[0]) == row.backend:
             names = ", ".join(str(d).removeprefix("torch.") for d in row.dtypes)
-            return Served(row.backend, f"{row.what}, {names}")
+            return Served(
+                row.backend, f"{row.what}, {names}" + ", not measured" * (not row.measured)
+            )
+        if not row.measured and _override.get() is None and not os.environ.get(_VARIABLE):
+            return Served("reference", f"{row.backend} is not measured yet: ask for it by name")
         return Served("reference", f"{row.backend} is overridden")
     return Served("reference", "no other kernel of this op yet")
 
@@ -125,5 +136,5 @@ def _check_present(name: str, source: str = "backend") -> None:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "native" and native.lib is None:
         raise RuntimeError(f"the native backend is absent: {native.why_not}")
-    if name == "triton" and not any(row.backend == "triton" for row in TABLE):
-        raise RuntimeError("the triton backend is absent: this version has no Triton kernels")
+    if name == "triton" and kernels.why_not() is not None:
+        raise RuntimeError(f"the triton backend is absent: {kernels.why_not()}")

@@ -4,6 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
+# These run in a process of their own, which test_interpreted.py starts.
+INTERPRETED = (
+    "test_triton_inverse_root.py",
+    "test_product.py",
+    "test_triton_gram_ema.py",
+    "test_triton_precondition.py",
+    "test_tiles.py",
+)
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else list(INTERPRETED)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():

@@ -1,13 +1,15 @@
 """The chooser: what serves what, the two ways to override it, and what it says when it cannot."""
 
 import math
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
 import shampoo_kernels
-from shampoo_kernels import chooser, native
+from shampoo_kernels import chooser, kernels, native
 from shampoo_kernels.__main__ import main
 
 built = pytest.mark.skipif(native.lib is None, reason=f"no extension: {native.why_not}")
@@ -24,7 +26,7 @@ def test_every_row_of_the_table_is_chosen_for_its_dtypes_alone():
         if chooser.why_absent(row) is not None:
             continue
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            expected = row.backend if dtype in row.dtypes else "reference"
+            expected = row.backend if dtype in row.dtypes and row.measured else "reference"
             assert chooser.choose(row.op, row.device, dtype) == expected
 
 
@@ -86,9 +88,43 @@ def test_unknown_names(name):
         pass
 
 
+def test_triton_serves_where_it_is_asked_for(monkeypatch):
+    """Not measured yet, so never by default; float64 and other ops take the reference."""
+    monkeypatch.setattr(kernels, "why_not", lambda: None)
+    rows = [row for row in chooser.TABLE if row.backend == "triton"]
+    assert {row.op for row in rows} == {
+        "gram_ema_", "kronecker_power_step", "inverse_root", "precondition",
+    }  # fmt: skip
+    for row in rows:
+        assert chooser.choose(row.op, "cuda", torch.float32) == "reference"
+        assert "not measured yet" in shampoo_kernels.backends()[row.op]["cuda"].reason
+        with shampoo_kernels.use_backend("triton"):
+            assert chooser.choose(row.op, "cuda", torch.float32) == "triton"
+            assert chooser.choose(row.op, "cuda", torch.float64) == "reference"
+            assert chooser.choose(row.op, "cpu", torch.float32) == "reference"
+            assert shampoo_kernels.backends()[row.op]["cuda"].backend == "triton"
+        with shampoo_kernels.use_backend("native"):
+            assert chooser.choose(row.op, "cuda", torch.float32) == "reference"
+    monkeypatch.setenv("SHAMPOO_KERNELS_BACKEND", "triton")
+    assert chooser.choose("gram_ema_", "cuda", torch.float32) == "triton"
+    assert chooser.choose("orthogonalize", "cuda", torch.float32) == "reference"
+
+
+def test_the_package_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import shampoo_kernels, torch\n"
+        "shampoo_kernels.gram_ema_(torch.zeros(2, 2), torch.ones(2, 3), 0.0, 1.0, side='left')\n"
+        "assert not any(m.startswith('shampoo_kernels.kernels.') for m in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_backend_that_is_absent_says_why(monkeypatch):
+    monkeypatch.setattr(kernels, "why_not", lambda: "there is no GPU")
     with (
-        pytest.raises(RuntimeError, match="no Triton kernels"),
+        pytest.raises(RuntimeError, match="triton backend is absent: there is no GPU"),
         shampoo_kernels.use_backend("triton"),
     ):
         pass

@@ -100,8 +100,21 @@ def accumulate_(
     alpha_tensor: Tensor | None = None,
     *,
     backend: str,
+    precision: str = "highest",
 ) -> None:
     """stat (B, m, m) <- beta*stat + alpha * sum_s G_s W G_sᵀ, grads (B, S, m, n), W (B, n, n)."""
+    if backend == "triton":
+        from shampoo_kernels.kernels import gram_ema  # needs triton
+
+        gram_ema.accumulate_(
+            stat,
+            grads,
+            weight,
+            beta if beta_tensor is None else beta_tensor,
+            alpha if alpha_tensor is None else alpha_tensor,
+            precision,
+        )
+        return
     left = grads
     if weight is not None:
         rows = product(grads.flatten(1, 2), weight, dtype=stat.dtype, backend=backend)
@@ -189,7 +202,10 @@ def _implementation(
     check_apart(_OP, "stat", stat, grad=grad, weight=weight, beta=beta_tensor, alpha=alpha_tensor)
     grads = (grad if side == "left" else grad.mT).unsqueeze(1)
     backend = choose(_OP, stat.device.type, stat.dtype)
-    accumulate_(stat, grads, weight, beta, alpha, beta_tensor, alpha_tensor, backend=backend)
+    accumulate_(
+        stat, grads, weight, beta, alpha, beta_tensor, alpha_tensor,
+        backend=backend, precision=precision,
+    )  # fmt: skip
 
 
 common.register(

@@ -70,9 +70,9 @@ def inverse_root(
             a p that has no iteration; on a CPU "newton" where it is as fast as "eigh" (float32, p
             to 4, ridge >= design_floor >= 1e-6, native kernels), with "eigh" for blocks on which it
             does not converge, else "eigh"; on a GPU an iteration chosen by precision.
-        precision: of float32 products on a GPU. "high" with "newton" needs a design_floor (by
-            default the ridge) >= 1e-4, "medium" needs "product" and >= 1e-5. On any device
-            "product" with p = 4 in float32 needs >= 1e-6.
+        precision: the least of float32 products on a GPU; more where the design_floor demands it.
+            "high" with "newton" needs a design_floor (by default the ridge) >= 1e-4, "medium" needs
+            "product" and >= 1e-5. On any device "product" with p = 4 in float32 needs >= 1e-6.
         rank_rtol: with "eigh", eigenvalues <= rank_rtol * the largest count as zero and
             contribute nothing: the root of the pseudo-inverse.
         previous: (*, n, n), dtype of A: the roots to keep where a block fails.
@@ -156,7 +156,8 @@ def root_method(
         exact = p <= 4 and ridge >= floor >= 1e-6
         limit = _NEWTON_LIMIT.get(isa or "", (0, 0))[floor >= 1e-5]
         return "newton" if exact and n <= limit else "eigh"
-    low = floor >= {"highest": math.inf, "high": 1e-6, "medium": 1e-5}[precision]
+    # Where 16-bit operands converge for every spectrum; below, newton's half products cost less.
+    low = precision != "highest" and floor >= (1e-3 if p == 4 else 1e-4)
     return "product" if low and p in roots.PRODUCT_ROOTS else "newton"
 
 
@@ -228,7 +229,7 @@ def _compute(
             method = root_method(A.device.type, isa, A.shape[-1], p, precision, ridge, floor)
         retry = retry or A.device.type == "cpu"
     results = (root, residual, status)
-    roots.compute(method, backend, A, p, ridge, floor, rank_rtol, previous, *results)
+    roots.compute(method, backend, A, p, ridge, floor, rank_rtol, previous, *results, precision)
     if retry and method != "eigh":
         _fall_back(*results, A, p, ridge, fallback)
 

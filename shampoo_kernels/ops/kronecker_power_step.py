@@ -57,7 +57,7 @@ def kronecker_power_step(
     return new[0].reshape(left.shape), new[1].reshape(right.shape)
 
 
-def _half_step(grads: Tensor, factor: Tensor, backend: str) -> Tensor:
+def _half_step(grads: Tensor, factor: Tensor, backend: str, precision: str) -> Tensor:
     """E[G W Gᵀ] / ‖W‖²: grads (B, N, m, n), W (B, n, n) -> (B, m, m).
 
     W / ‖W‖ is the weight and 1 / ‖W‖ the scalar, so that no square leaves the range of the dtype.
@@ -70,7 +70,9 @@ def _half_step(grads: Tensor, factor: Tensor, backend: str) -> Tensor:
     alpha = alpha.to(factor.dtype)
     weight = (factor / divisor[:, None, None]).to(factor.dtype)
     new = factor.new_empty(batch, m, m)
-    gram_ema.accumulate_(new, grads, weight, 0.0, 0.0, None, alpha, backend=backend)
+    gram_ema.accumulate_(
+        new, grads, weight, 0.0, 0.0, None, alpha, backend=backend, precision=precision
+    )
     return new
 
 
@@ -99,9 +101,9 @@ def _implementation(
 ) -> tuple[Tensor, Tensor]:
     _check(grads, left, right, scheme=scheme, precision=precision)
     backend = choose(_OP, left.device.type, left.dtype)
-    new_left = _half_step(grads, right, backend)
+    new_left = _half_step(grads, right, backend, precision)
     source = new_left if scheme == "alternating" else left
-    return new_left, _half_step(grads.mT, source, backend)
+    return new_left, _half_step(grads.mT, source, backend, precision)
 
 
 def _fake(grads, left, right, *, scheme="simultaneous", precision="highest"):

@@ -61,12 +61,19 @@ def precondition(
     return out, norm.reshape(grad.shape[:-2])
 
 
-def _precondition_(out: Tensor, grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def _precondition_(
+    out: Tensor, grad: Tensor, left: Tensor | None, right: Tensor | None, precision: str
+) -> Tensor:
     """out (B, m, n) <- left (B, m, m) @ grad (B, m, n) @ right (B, n, n); returns (B,).
 
     Both orders of the two products cost the same, m*n*(m + n).
     """
     backend = choose(_OP, out.device.type, out.dtype)
+    if backend == "triton" and not left is right is None:
+        from shampoo_kernels.kernels import precondition as kernels  # needs triton
+
+        left, right = (x if x is None or x.itemsize < 8 else x.float() for x in (left, right))
+        return kernels.precondition_(out, grad, left, right, precision)
     if left is not None and right is not None:
         grad = product(left, grad, dtype=out.dtype, backend=backend)
     if right is not None:
@@ -112,13 +119,13 @@ def _check_out(out, grad, left, right, *, precision="highest") -> None:
 def _implementation_(out, grad, left, right, *, precision="highest") -> Tensor:
     _check_out(out, grad, left, right, precision=precision)
     check_apart(_OP, "out", out, grad=grad, left=left, right=right)
-    return _precondition_(out, grad, left, right)
+    return _precondition_(out, grad, left, right, precision)
 
 
 def _implementation(grad, left, right, *, precision="highest") -> tuple[Tensor, Tensor]:
     _check(grad, left, right, precision=precision)
     out = grad.new_empty(grad.shape, dtype=_dtype(grad))
-    return out, _precondition_(out, grad, left, right)
+    return out, _precondition_(out, grad, left, right, precision)
 
 
 def _fake_(out, grad, left, right, *, precision="highest") -> Tensor:

@@ -31,25 +31,31 @@ def compute(
     root: Tensor,
     residual: Tensor,
     status: Tensor,
+    precision: str,
 ) -> None:
-    """One method on one backend; native are eigh, and newton in float32."""
-    rest = (previous, root, residual, status)
+    """One method on one backend: native are eigh, and newton in float32; on Triton iterations."""
+    results = (root, residual, status)
     newton = method == "newton" and A.dtype == torch.float32
     if backend == "native" and (newton or method == "eigh"):
-        if not root.is_contiguous():
-            root = torch.empty_like(A, memory_format=torch.contiguous_format)
-        native = torch.ops.shampoo_kernels_native
+        dense = root if root.is_contiguous() else root.contiguous()
+        native, rest = torch.ops.shampoo_kernels_native, (previous, dense, residual, status)
         if newton:
-            steps = _native_steps(floor, int(p))
-            native.inverse_root_newton_(A, int(p), ridge, steps, previous, root, *rest[2:])
+            native.inverse_root_newton_(A, int(p), ridge, _native_steps(floor, int(p)), *rest)
         else:
-            native.inverse_root_eigh_(A, p, ridge, rank_rtol, previous, root, *rest[2:])
-        if root is not rest[1]:
-            rest[1].copy_(root)
+            native.inverse_root_eigh_(A, p, ridge, rank_rtol, *rest)
+        if dense is not root:
+            root.copy_(dense)
     elif method == "eigh":
-        by_eigh(A, p, ridge, rank_rtol, *rest)
+        by_eigh(A, p, ridge, rank_rtol, previous, *results)
+    elif backend == "triton":
+        from shampoo_kernels.kernels.inverse_root import chunks  # needs triton
+
+        for part in chunks(*A.shape[:2]):
+            kept = None if previous is None else previous[part]
+            outputs = (result[part] for result in results)
+            by_iteration(method, A[part], int(p), ridge, floor, kept, *outputs, precision=precision)
     else:
-        by_iteration(method, A, int(p), ridge, floor, *rest)
+        by_iteration(method, A, int(p), ridge, floor, previous, *results)
 
 
 @functools.lru_cache(maxsize=64)
@@ -68,15 +74,28 @@ def by_iteration(
     root: Tensor,
     residual: Tensor,
     status: Tensor,
+    *,
+    precision: str | None = None,
 ) -> None:
-    """ "newton" or "product" on (A + ridge*bound*I) / ((1 + ridge)*bound), never synchronising."""
+    """ "newton" or "product" on (A + ridge*bound*I) / ((1 + ridge)*bound), never synchronising.
+
+    By torch, or with a `precision` by the Triton kernels.
+    """
     bound, usable, scale = _bound(A)
-    scaled = mirror_lower(A) / scale.view(-1, 1, 1) / (1 + ridge)
-    scaled.diagonal(dim1=-2, dim2=-1).add_(ridge / (1 + ridge))
-    scaled = _replace(scaled, ~usable)
-    iterate = iterations.newton if method == "newton" else iterations.product
     steps = schedule(method, floor, 2 if (method, p) == ("product", 1) else p, A.dtype)
-    X, distance = iterate(scaled, p, steps)
+    shift = ridge / (1 + ridge)
+    if precision is not None:
+        from shampoo_kernels.kernels import inverse_root as kernels  # needs triton
+
+        arithmetic = kernels.arithmetic(method, A.shape[-1], p, floor, precision)
+        divisor = scale * (1 + ridge)
+        X, distance = kernels.iterate(method, A, divisor, usable, shift, p, steps, arithmetic)
+    else:
+        scaled = mirror_lower(A) / scale.view(-1, 1, 1) / (1 + ridge)
+        scaled.diagonal(dim1=-2, dim2=-1).add_(shift)
+        scaled = _replace(scaled, ~usable)
+        iterate = iterations.newton if method == "newton" else iterations.product
+        X, distance = iterate(scaled, p, steps)
     X = X * (_power(scale, -1 / p) * (1 + ridge) ** (-1 / p)).view(-1, 1, 1)
     distance = torch.where(usable, distance, torch.inf)
     _finish(X, distance, bound, p, previous, root, residual, status)

@@ -1,0 +1,268 @@
+"""Timings on a GPU: python bench/gpu_bench.py RESULTS.json [seconds]; the table goes to stdout.
+
+Every row times ours and its baselines by turns, as CUDA graphs (else launches would be timed) where
+they can be captured, over inputs that are rotated past the L2, after a warm-up. Floors are bytes
+over the copy bandwidth and flops over the GEMM rate, both measured in this run.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from gpu_checks import relative, spectrum, truth
+
+import shampoo_kernels
+from shampoo_kernels import gram_ema_, inverse_root, precondition, use_backend
+
+ROTATED_BYTES = 200 << 20
+DEADLINE = time.monotonic() + (float(sys.argv[2]) if len(sys.argv) > 2 else 300.0)
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+Calls = list[Callable[[], object]]
+
+
+def milliseconds(variants: dict[str, Calls], rounds: int = 15) -> dict[str, float | None]:
+    """Median milliseconds of one call of each; None for what raised (said on stderr)."""
+    runs: dict[str, tuple[Callable[[], object], int]] = {}
+    for name, calls in variants.items():
+        try:
+            runs[name] = _graph(calls)
+        except Exception as error:
+            torch.cuda.synchronize()
+            print(f"{name}: {type(error).__name__}: {_line(error)}", file=sys.stderr)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, (run, count) in runs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) / count)
+        if time.monotonic() > DEADLINE:
+            break
+    return {name: median(times[name][len(times[name]) // 4 :]) if name in times else None
+            for name in variants}  # fmt: skip
+
+
+def _graph(calls: Calls) -> tuple[Callable[[], object], int]:
+    """All calls as one graph; what cannot be captured (eigh) runs as it is, once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.synchronize()
+    if getattr(calls[0], "eager", False):
+        return calls[0], 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph.replay, len(calls)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def eager(call: Callable[[], object]) -> Callable[[], object]:
+    call.eager = True  # type: ignore[attr-defined]
+    return call
+
+
+def rates() -> dict[str, float]:
+    """GB/s of a copy, TFLOP/s of large products."""
+    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    found = {"copy GB/s": 2 * source.nbytes / _rate([lambda: source.clone()]) / 1e6}
+    for name, dtype, tf32 in (
+        ("bf16", BFLOAT16, False),
+        ("tf32", FLOAT32, True),
+        ("fp32", FLOAT32, False),
+    ):
+        A = torch.randn(8192, 8192, device="cuda").to(dtype)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        found[f"{name} TFLOP/s"] = 2 * 8192**3 / _rate([lambda A=A: A @ A]) / 1e9
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return found
+
+
+def _rate(calls: Calls) -> float:
+    value = milliseconds({"it": calls})["it"]
+    assert value is not None
+    return value
+
+
+def copies(nbytes: int) -> range:
+    return range(min(64, max(1, -(-ROTATED_BYTES // nbytes))))
+
+
+def bench_gram(batch: int, n: int, dtype: torch.dtype, rate: dict[str, float]) -> dict:
+    G = [torch.randn(batch, n, n, device="cuda").to(dtype) for _ in copies(6 * batch * n * n)]
+    S = [torch.zeros(batch, n, n, device="cuda") for _ in G]
+
+    def each(call: Callable[[torch.Tensor, torch.Tensor], object]) -> Calls:
+        return [lambda s=s, g=g: call(s, g) for s, g in zip(S, G, strict=True)]
+
+    def wide_(s: torch.Tensor, g: torch.Tensor) -> None:
+        product = torch.bmm(g, g.mT, out_dtype=FLOAT32)
+        s.mul_(0.95).add_(product, alpha=0.05)
+
+    variants = {
+        "ours": each(lambda s, g: gram_ema_(s, g, 0.95, 0.05, side="left")),
+        "baddbmm_": each(lambda s, g: s.baddbmm_(g.float(), g.float().mT, beta=0.95, alpha=0.05)),
+    }
+    if dtype == BFLOAT16:
+        variants["bmm, out_dtype"] = each(wide_)
+        variants["baddbmm, out_dtype"] = each(
+            lambda s, g: s.copy_(
+                torch.baddbmm(s, g, g.mT, beta=0.95, alpha=0.05, out_dtype=FLOAT32)
+            )
+        )
+    found = milliseconds(variants)
+    stat = gram_ema_(torch.zeros_like(S[0]), G[0], 0.0, 1.0, side="left")
+    exact = G[0][:1].double() @ G[0][:1].double().mT
+    flops = batch * n * n * (n + 128.0)
+    moved = batch * n * n * (G[0].element_size() + 6.0)
+    peak = rate["bf16 TFLOP/s"] if dtype == BFLOAT16 else rate["tf32 TFLOP/s"] / 3
+    floor = max(flops / peak / 1e9, moved / rate["copy GB/s"] / 1e6)
+    name = str(dtype).removeprefix("torch.")
+    return {"case": f"gram_ema_ {batch} x {n}², {name}", "milliseconds": found, "floor": floor,
+            "error": relative(stat[:1], exact).max().item()}  # fmt: skip
+
+
+def meta_newton(A: torch.Tensor, p: int, ridge: float, steps: int = 25) -> torch.Tensor:
+    """Coupled Newton as usually written, (n, n) or (B, n, n), without its test in every step."""
+    eye = torch.eye(A.shape[-1], device=A.device)
+    A = A + ridge * shampoo_kernels.eigenvalue_bound(A)[..., None, None] * eye
+    z = (1 + p) / (2 * torch.linalg.matrix_norm(A))[..., None, None]
+    X, M = z ** (1 / p) * eye.expand_as(A), z * A
+    for _ in range(steps):
+        T = ((p + 1) * eye - M) / p
+        X = X @ T
+        M = torch.linalg.matrix_power(T, p) @ M
+    return X
+
+
+def half_products(A: torch.Tensor, count: int = 27) -> None:
+    """As many fp16 `baddbmm` as the OKLS schedule has (its time, not its root)."""
+    H = A.half()
+    for _ in range(count):
+        H = torch.baddbmm(H, H, H, beta=0.5, alpha=0.5)
+
+
+def bench_root(batch: int, n: int, p: int, ridge: float, rate: dict[str, float]) -> dict:
+    A = spectrum(n, 1 / ridge, blocks=4).repeat(batch // 4, 1, 1)
+    exact = truth(A[:4], p, ridge)
+
+    def ours(method: str, precision: str) -> torch.Tensor:
+        return inverse_root(A, p, ridge=ridge, method=method, precision=precision).root
+
+    def reference() -> torch.Tensor:
+        with use_backend("reference"):
+            return inverse_root(A, p, ridge=ridge, method="newton").root
+
+    variants: dict[str, Callable[[], object]] = {
+        "ours": lambda: ours("newton", "highest"),
+        "ours, product high": lambda: ours("product", "high"),
+        "27 fp16 baddbmm": lambda: half_products(A),
+        "same schedule, fp32 bmm": reference,
+        "coupled Newton, bmm": lambda: meta_newton(A, p, ridge),
+        "coupled Newton, per block": eager(lambda: [meta_newton(a, p, ridge) for a in A]),
+        "torch.linalg.eigh, 4 blocks": eager(lambda: torch.linalg.eigh(A[:4])),
+    }
+    found = milliseconds({name: [call] for name, call in variants.items()}, rounds=4)
+    if (eigh := found.pop("torch.linalg.eigh, 4 blocks")) is not None:
+        found["torch.linalg.eigh"] = eigh * batch / 4
+    errors = {
+        name: relative(call()[:4], exact).max().item()  # type: ignore[index]
+        for name, call in variants.items()
+        if name in ("ours", "ours, product high", "same schedule, fp32 bmm", "coupled Newton, bmm")
+    }
+    return {
+        "case": f"inverse_root {batch} x {n}², p = {p}, ridge {ridge:g}",
+        "milliseconds": found,
+        "floor": None,
+        "error": errors.pop("ours"),
+        "errors": errors,
+    }
+
+
+def bench_precondition(batch: int, n: int, rate: dict[str, float]) -> dict:
+    G = torch.randn(batch, n, n, device="cuda").bfloat16()
+    L, R = torch.randn(batch, n, n, device="cuda"), torch.randn(batch, n, n, device="cuda")
+    found = milliseconds({
+        "ours": [lambda: precondition(G, L, R)],
+        "two fp32 bmm and a norm": [lambda: (L @ G.float() @ R).square().sum((1, 2))],
+    })  # fmt: skip
+    exact = L[:1].double() @ G[:1].double() @ R[:1].double()
+    floor = 4.0 * batch * n**3 / (rate["tf32 TFLOP/s"] / 3) / 1e9
+    return {"case": f"precondition {batch} x {n}²", "milliseconds": found, "floor": floor,
+            "error": relative(precondition(G, L, R)[0][:1], exact).max().item()}  # fmt: skip
+
+
+def jobs() -> list[tuple[Callable[..., dict], tuple]]:
+    sizes = [(1, 1024), (1, 2048), (1, 4096), (1, 8192), (64, 256), (64, 512), (64, 1024)]
+    gram = [(bench_gram, (batch, n, dtype)) for batch, n in sizes for dtype in (BFLOAT16, FLOAT32)]
+    root = [(bench_root, (64, 1024, p, ridge)) for ridge in (1e-4, 1e-6) for p in (2, 4)]
+    return [*gram, *root, (bench_root, (64, 256, 2, 1e-4)), (bench_precondition, (64, 1024))]
+
+
+def markdown(results: dict) -> str:
+    rate = ", ".join(f"{name} {value:.0f}" for name, value in results["rates"].items())
+    lines = [
+        f"{results['gpu']}, torch {results['torch']}, triton {results['triton']}.",
+        f"In this run: {rate}. Milliseconds; in brackets how many times faster ours is.",
+        "",
+        "| case | ours | % of floor | error | baselines |",
+        "|" + " --- |" * 5,
+    ]
+    for row in results["rows"]:
+        times = dict(row["milliseconds"])
+        ours = times.pop("ours")
+        cells = [f"{name} {t:.4g} (**{t / ours:.2f}x**)" for name, t in times.items() if ours and t]
+        floor = f"{100 * row['floor'] / ours:.0f}" if row["floor"] and ours else ""
+        shown = "failed" if ours is None else f"{ours:.4g}"
+        lines.append(
+            f"| {row['case']} | {shown} | {floor} | {row['error']:.1e} | {'; '.join(cells)} |"
+        )
+        lines += [f"| | | | {e:.1e} | {name} |" for name, e in row.get("errors", {}).items()]
+    return "\n".join([*lines, *("", *results["left out"])])
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("there is no GPU here: nothing was measured", file=sys.stderr)
+        return 1
+    import triton
+
+    results: dict = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "rates": rates(),
+        "rows": [],
+        "left out": [],
+    }
+    with use_backend("triton"):
+        for function, arguments in jobs():
+            name = f"{function.__name__}{arguments}"
+            if time.monotonic() > DEADLINE:
+                results["left out"].append(f"not measured, out of time: {name}")
+                continue
+            try:
+                results["rows"].append(function(*arguments, results["rates"]))
+            except Exception as error:
+                results["left out"].append(
+                    f"failed: {name}: {type(error).__name__}: {_line(error)}"
+                )
+            torch.cuda.empty_cache()
+    with open(sys.argv[1], "w") as file:
+        json.dump(results, file, indent=1)
+    print(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

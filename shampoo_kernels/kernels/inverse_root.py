@@ -1,0 +1,214 @@
+"""Inverse p-th roots by the product kernel: `newton` and `product` of ops/iterations.py on a GPU.
+
+Same algebra, schedules and residual; nothing here synchronises. Both take scaled stacks (B, n, n)
+float32, contiguous, and return (X, residual (B,)).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo_kernels.kernels.product import product as multiply
+
+Coefficients = Sequence[tuple[float, ...]]
+
+# Blocks are worked on in chunks of this size, which bounds the workspace. Not measured yet; where
+# a chunk's working set, 16 MB a block of 1024, stays in an H100's 50 MB L2, smaller may be faster.
+_CHUNK_BYTES = 64 << 20
+_FP16_CEILING = 16384.0
+
+
+def chunks(batch: int, n: int) -> list[slice]:
+    """The blocks, in slices whose float32 entries are at most _CHUNK_BYTES, or one block."""
+    size = max(1, _CHUNK_BYTES // max(4 * n * n, 1))
+    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+
+def arithmetic(method: str, n: int, p: int, floor: float, precision: str) -> str:
+    """What an iteration multiplies in, at least as good as `precision` asks for.
+
+    "newton": a precision; "product": the dtype of the operands, whose rounding u makes an error of
+    about u/sqrt(floor*n) in P. Emulated on the families of tests/matrices.py at n = 33 to 512: at
+    these floors the residual stays below its limit of 0.05; one decade lower it does not (low rank
+    and Hilbert, of which most eigenvalues lie at the ridge), though the root is as good as 1e-2.
+    """
+    if method == "newton":
+        return "high" if precision != "highest" and floor >= 1e-4 else "highest"
+    if precision == "highest" or n < 32 or floor < (1e-3 if p == 4 else 1e-4):
+        return "float32"
+    return "bfloat16" if precision == "medium" and floor >= 1e-3 and p <= 2 else "float16"
+
+
+def iterate(
+    method: str, A: Tensor, divisor: Tensor, usable: Tensor, shift: float, p: int,
+    coefficients: Coefficients, arithmetic: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """ "newton" or "product" on A / divisor + shift*I, or on I where a block is not `usable`.
+
+    Only the lower triangle of A is read, and nothing of blocks that are not usable.
+    """
+    if A.numel() == 0:
+        return A.clone(), A.new_zeros(A.shape[0])
+    stacks = [torch.empty(A.shape, dtype=A.dtype, device=A.device)]
+    a = torch.where(usable, shift, 1.0).to(A.dtype)
+    b = torch.where(usable, 1 / divisor, 0.0)
+    measured = multiply(None, None, stacks[0], op="newton", a=a, b=b, c=0.0, C=A, symmetric=True,
+                        measure="distance")  # fmt: skip
+    assert measured is not None
+    form = newton if method == "newton" else product
+    return form(stacks, p, coefficients, measured, arithmetic)
+
+
+def newton(
+    stacks: list[Tensor], p: int, coefficients: Coefficients, measured: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """M-form: X <- X h(M), M <- h(M)^p M from X = I, M = stacks.pop(), max |M - I| as `measured`.
+
+    Every product is one of commuting polynomials, computed by half and mirrored. At most four
+    stacks are alive, five if p is not a power of two.
+    """
+
+    def symmetric(A: Tensor, B: Tensor, **epilogue: Any) -> Tensor:
+        D = torch.empty_like(B)
+        found = multiply(A, B, D, op="newton", symmetric=True, precision=precision, **epilogue)
+        if found is not None:
+            stacks.append(found)
+        return D
+
+    def polynomial(M: Tensor, a: float, b: float, c: float = 0.0) -> Tensor:
+        return symmetric(M, M, a=a, b=b, c=c, C=M)
+
+    M = stacks.pop()
+    X = h = polynomial(M, *coefficients[0])
+    for step, coefficient in enumerate(coefficients[1:], 2):
+        power, base = h, h if p.bit_count() > 1 else None
+        del h
+        for bit in f"{p:b}"[1:]:
+            power = symmetric(power, power)
+            if base is not None and bit == "1":
+                power = symmetric(power, base)
+        base = None
+        last = step == len(coefficients)
+        M = symmetric(power, M, measure="distance" if last else None)
+        del power
+        h = polynomial(M, *coefficient)
+        X = symmetric(X, h)
+    return X, (stacks.pop() if stacks else measured).amax(1)
+
+
+def product(
+    stacks: list[Tensor], p: int, coefficients: Coefficients, measured: Tensor, dtype: str
+) -> tuple[Tensor, Tensor]:
+    """Product form, p in {1, 2, 4}: P = X^(p/2) Y, W = h(P) - a*I, X <- a X + W X, and
+
+        p = 2: Y <- a Y + Y W;     p = 4: Y <- a² Y + Y (2 a W + W²)     from X = I, Y = A.
+
+    X and Y are kept in float32, operands are `dtype`. Nothing is symmetrised before the end.
+    p = 1 is the square of p = 2 and of its schedule. Up to five and a half stacks are alive, six
+    and a half with float32 operands.
+    """
+    if p == 1:
+        X, distance = product(stacks, 2, coefficients, measured, dtype)
+        D = torch.empty_like(X)
+        multiply(X, X, D, op="newton", symmetric=True, precision="highest")
+        return D, distance
+    pair = _Pair(stacks.pop(), p, *coefficients[0], dtype=getattr(torch, dtype))
+    for step, (a, *rest) in enumerate(coefficients[1:], 2):
+        measured = pair.polynomial(*rest)
+        pair.advance(a, last=step == len(coefficients))
+    X = pair.root
+    del pair
+    return (X + X.mT) / 2, measured.amax(1)
+
+
+class _Pair:
+    """X and Y of the product form, after its first step.
+
+    Operands lie in one buffer: Y, Y', W, (T,) X, X', so that [Y, W] @ [T, X] is one launch over two
+    stacks, written to the other copy; T is W for p = 2. In 16 bits X and Y are multiplied by a
+    power of two, `scale`, and float32 masters stand beside them. For p = 4, Y is kept divided by
+    the product of all a, `shrunk`: then one b = a serves both halves of the launch.
+    """
+
+    def __init__(
+        self, A: Tensor, p: int, a: float, b: float, c: float = 0.0, *, dtype: torch.dtype
+    ):
+        self.p, self.base, self.now, self.ceiling, self.shrunk = p, 3 if p == 2 else 4, 1, a, 1.0
+        self.slots = torch.empty(self.base + 2, *A.shape, dtype=dtype, device=A.device)
+        self.wide = dtype == torch.float32
+        self.masters = self._both(1) if self.wide else A.new_empty(2, *A.shape)
+        self.scale = self._scale()
+        operand = A if self.wide else self.slots[0]
+        if not self.wide:
+            _product(None, None, operand, b=1.0, c=0.0, C=A)
+        Y, X = self.masters
+        narrow = (None, None) if self.wide else self._both(1)
+        _product(operand, operand, X, a=a, b=b, c=c, C=A, D16=narrow[1], scale16=self.scale)
+        _product(None, None, self.slots[2], a=-a, b=1.0, c=0.0, C=X)
+        self._double(a)
+        _product(operand, self.slots[self.base - 1], Y, b=a, C=A, D16=narrow[0],
+                 scale16=self.scale)  # fmt: skip
+
+    @property
+    def root(self) -> Tensor:
+        return self.slots[self.base + self.now] if self.wide else self.masters[1]
+
+    def polynomial(self, b: float, c: float = 0.0) -> Tensor:
+        """W <- b P + c P², P in the slot of the Y to come; returns the measured max |P - I|."""
+        X, Y = self.slots[self.base + self.now], self.slots[self.now]
+        P, W, undo = self.slots[1 - self.now], self.slots[2], self.scale**-2
+        if self.p == 2:
+            measured = _product(X, Y, P, c=undo, measure="distance")
+        else:
+            T = self.slots[3]
+            _product(X, Y, T, c=undo / self.shrunk)
+            measured = _product(X, T, P, c=1 / self.scale, measure="distance")
+        _product(P, P, W, b=b, c=c, C=P)
+        assert measured is not None
+        return measured
+
+    def advance(self, a: float, last: bool) -> None:
+        """X <- a X + W X and, if there is a step to come, Y."""
+        undo = 1 / self.scale
+        if last:
+            X = self.slots[self.base + self.now]
+            old, self.now = self.root, 1 - self.now
+            _product(self.slots[2], X, self.root, b=a, c=undo, C=old)
+            return
+        self._double(a)
+        self.ceiling *= a
+        self.scale = self._scale()
+        left = self.slots[self.now : 3 : 2 - self.now]
+        right = self.slots[self.base - 1 : self.base + self.now + 1 : self.now + 1]
+        old, self.now = self._both(self.now), 1 - self.now
+        new = self._both(self.now)
+        if self.wide:
+            _product(left, right, new, b=a, c=undo, C=old)
+        else:
+            _product(left, right, self.masters, b=a, c=undo, C=self.masters, D16=new,
+                     scale16=self.scale)  # fmt: skip
+
+    def _double(self, a: float) -> None:
+        """T <- (2 a W + W²) / a for p = 4, where Y shrinks by a."""
+        if self.p == 4:
+            self.shrunk /= a
+            W, T = self.slots[2:4]
+            _product(W, W, T, b=2.0, c=1 / a, C=W)
+
+    def _both(self, index: int) -> Tensor:
+        """[Y, X] number `index` of the buffer."""
+        return self.slots[index : self.base + index + 1 : self.base]
+
+    def _scale(self) -> float:
+        """X reaches the product of all a, thousands for p = 2 at a floor of 1e-6: it is scaled down
+        where float16 would overflow."""
+        if self.slots.dtype != torch.float16:
+            return 1.0
+        return 2.0 ** min(0, math.floor(math.log2(_FP16_CEILING / self.ceiling)))
+
+
+def _product(A: Tensor | None, B: Tensor | None, D: Tensor, **options: Any) -> Tensor | None:
+    return multiply(A, B, D, op="product", precision="highest", **options)

@@ -1,0 +1,101 @@
+"""gram_ema_ and kronecker_power_step by the Triton kernels, in the interpreter, on CPU tensors."""
+
+import interpreted  # noqa: F401  (first: it chooses the interpreter)
+import pytest
+import test_gram_ema as laws
+import torch
+from interpreted import form  # noqa: F401
+
+from shampoo_kernels import kronecker_power_step, ops  # noqa: F401
+from shampoo_kernels.kernels import gram_ema as kernels
+from shampoo_kernels.ops import gram_ema
+from shampoo_kernels.ops import kronecker_power_step as power_step
+
+# Asked for descriptors, tensors that cannot have them (odd sizes, odd strides) take pointers.
+pytestmark = [
+    pytest.mark.usefixtures("form", "triton_everywhere"),
+    pytest.mark.parametrize("form", ["descriptor"], indirect=True),
+]
+
+
+@pytest.fixture
+def triton_everywhere(monkeypatch):
+    for module in (gram_ema, power_step):
+        monkeypatch.setattr(module, "choose", lambda op, device, dtype: "triton")
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 9), (9, 1), (17, 40), (64, 48), (70, 33)])
+@pytest.mark.parametrize("dtype", laws.FLOATS[1:])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_values(sizes, dtype, side):
+    laws.test_values(*sizes, dtype, side)
+
+
+test_integers_are_exact = laws.test_integers_are_exact
+test_16_bit_products_are_not_rounded = laws.test_16_bit_products_are_not_rounded
+test_reads_the_lower_triangle_only_and_writes_both = (
+    laws.test_reads_the_lower_triangle_only_and_writes_both
+)
+test_zero_factors_do_not_read = laws.test_zero_factors_do_not_read
+test_tensor_factors = laws.test_tensor_factors
+test_per_block_zeros_and_bad_blocks_touch_no_other = pytest.mark.filterwarnings(
+    "ignore:invalid value:RuntimeWarning"
+)(laws.test_per_block_zeros_and_bad_blocks_touch_no_other)
+test_batch_dimensions_and_empty = laws.test_batch_dimensions_and_empty
+test_empty_sum_mirrors_the_decayed_stat = laws.test_empty_sum_mirrors_the_decayed_stat
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_strides(side):
+    laws.test_strides(side, torch.bfloat16)
+
+
+@pytest.mark.parametrize("splits", [2, 4])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_split_over_k(monkeypatch, splits, side, weighted):
+    monkeypatch.setattr(kernels, "k_splits", lambda batch, m, k: splits)
+    m, n = (70, 96) if side == "left" else (96, 70)
+    grad, old = laws.draw(2, m, n), laws.symmetric(2, 70, 70, seed=1)
+    weight = laws.symmetric(2, 96, 96, seed=2) if weighted else None
+    beta, alpha = torch.tensor([0.9, 0.0]), 0.3
+    old[1] = torch.nan
+    stat = old.tril()
+    gram_ema.gram_ema_(stat, grad, beta, alpha, side=side, weight=weight)
+    old[1] = 0
+    laws.assert_right(stat, old, grad, beta, alpha, side, weight)
+    grad.fill_(torch.nan)
+    again = stat.clone()
+    gram_ema.gram_ema_(again, grad, 0.5, 0.0, side=side, weight=weight)
+    assert torch.equal(again, 0.5 * stat)
+
+
+def test_when_k_is_split():
+    """Few tiles and a long sum, never a remainder, never more programs than processors."""
+    assert kernels.k_splits(1, 64, 8192) == 8
+    assert kernels.k_splits(1, 512, 8192) == 2
+    assert kernels.k_splits(1, 1024, 8192) == 1
+    assert kernels.k_splits(64, 64, 8192) == 2
+    assert kernels.k_splits(1, 64, 1024) == 1
+    assert kernels.k_splits(1, 64, 8191) == 1
+    assert kernels.k_splits(0, 64, 8192) == 1
+    for k in range(64, 20000, 64):
+        splits = kernels.k_splits(1, 64, k)
+        assert k % (64 * splits) == 0 or splits == 1
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kronecker_power_step(transposed):
+    """Sums over samples, whose gradients are concatenated along k."""
+    grads = laws.draw(2, 3, 20, 33)
+    grads = grads.mT.contiguous().mT if transposed else grads
+    left, right = laws.symmetric(2, 20, 20, seed=1), laws.symmetric(2, 33, 33, seed=2)
+    new = kronecker_power_step(grads, left, right)
+    G, L, R = grads.double(), left.double()[:, None], right.double()[:, None]
+    expected = (
+        (G @ R @ G.mT).mean(1) / R[:, 0].square().sum((1, 2))[:, None, None],
+        (G.mT @ L @ G).mean(1) / L[:, 0].square().sum((1, 2))[:, None, None],
+    )
+    for result, exact in zip(new, expected, strict=True):
+        assert torch.equal(result, result.mT)
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,181 @@
+"""inverse_root by the Triton kernels: the drivers on an emulated product kernel, which rounds as a
+GPU does, under the laws of test_inverse_root.py; and in the interpreter, which must agree."""
+
+import functools
+import gc
+
+import emulated_product
+import interpreted  # noqa: F401  (before triton: it chooses the interpreter)
+import matrices
+import pytest
+import test_inverse_root as laws
+import torch
+from interpreted import form  # noqa: F401
+
+from shampoo_kernels import RootStatus, inverse_root
+from shampoo_kernels.kernels import inverse_root as kernels
+from shampoo_kernels.kernels import product
+from shampoo_kernels.ops import inverse_root as op
+from shampoo_kernels.ops import roots
+
+CASES = [("newton", p) for p in (1, 2, 3, 4)] + [("product", p) for p in (1, 2, 4)]
+UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    """Everything by the drivers, on the emulated kernel unless a test asks for the interpreter."""
+    monkeypatch.setattr(op, "choose", lambda *_: "triton")
+    monkeypatch.setattr(kernels, "multiply", emulated_product.product)
+    return "triton"
+
+
+@pytest.fixture
+def interpreter(form, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(kernels, "multiply", product.product)
+
+
+@pytest.mark.parametrize("n", [1, 2, 33, 128])
+@pytest.mark.parametrize("ridge", [1e-3, 1e-6])
+@pytest.mark.parametrize(("method", "p"), CASES)
+def test_accuracy_law_in_float32(method, p, n, ridge):
+    A = laws.stack(n)[1]
+    expected, _ = laws.truth(A, p, ridge)
+    result = inverse_root(A, p, ridge=ridge, method=method)
+    assert (result.status == RootStatus.CONVERGED).all()
+    assert torch.equal(result.root, result.root.mT)
+    error = laws.relative(result.root, expected)
+    assert (error <= laws.law_of_families(n, p, ridge, method)).all()
+
+
+@functools.cache
+def low_precision_errors(precision, p, n, ridge):
+    A = laws.stack(n)[1]
+    result = inverse_root(A, p, ridge=ridge, method="product", precision=precision)
+    return result, laws.relative(result.root, laws.truth(A, p, ridge)[0])
+
+
+@pytest.mark.parametrize("n", [2, 33, 128])
+@pytest.mark.parametrize("ridge", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_low_precision_operands_converge_on_every_family(precision, p, ridge, n):
+    """Error at most 4 u sqrt(kappa), twice that for p = 1: the root X is of size sqrt(1/ridge) for
+    p = 2, and each of its entries was rounded. Measured: 0.3 to 1.5 u sqrt(kappa)."""
+    if (precision, ridge) == ("medium", 1e-6):
+        pytest.skip("inverse_root asks for more")
+    dtype = kernels.arithmetic("product", n, p, ridge, precision)
+    result, error = low_precision_errors(precision, p, n, ridge)
+    assert (result.status == RootStatus.CONVERGED).all(), result.residual.max()
+    assert torch.equal(result.root, result.root.mT)
+    unit = UNITS.get(dtype, 2.0**-24)
+    kappa = laws.truth(laws.stack(n)[1], p, ridge)[1]
+    most = (2 if p == 1 else 1) * 4 * unit * kappa.sqrt()
+    if dtype == "float32":
+        most = laws.law_of_families(n, p, ridge, "product")
+    assert (error <= most).all(), (error / most).max()
+
+
+def test_arithmetic_is_never_worse_than_asked():
+    order = ["bfloat16", "float16", "float32"]
+    least = {"highest": "float32", "high": "float16", "medium": "bfloat16"}
+    for precision, dtype in least.items():
+        for p in (1, 2, 4):
+            for floor in (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 0.1):
+                chosen = kernels.arithmetic("product", 256, p, floor, precision)
+                assert order.index(chosen) >= order.index(dtype)
+    assert kernels.arithmetic("newton", 64, 2, 1e-4, "high") == "high"
+    assert kernels.arithmetic("newton", 64, 2, 1e-6, "high") == "highest"
+
+
+@pytest.mark.parametrize(("form", "method", "p", "precision"), [
+    ("descriptor", "newton", 2, "high"), ("pointer", "newton", 3, "highest"),
+    ("descriptor", "product", 4, "high"), ("pointer", "product", 2, "high"),
+    ("pointer", "product", 1, "high"), ("descriptor", "product", 2, "highest"),
+], indirect=["form"])  # fmt: skip
+def test_the_interpreter_agrees(monkeypatch, interpreter, method, p, precision):
+    """The same numbers but for the order of sums: closer than the root is to the truth."""
+    A = torch.stack([matrices.condition(36, 1e2), matrices.low_rank(36, 3)]).float()
+    A = torch.cat([A, torch.full((1, 36, 36), torch.nan)]).tril()
+    options = {"ridge": 1e-2, "method": method, "precision": precision}
+    result = inverse_root(A, p, **options)
+    monkeypatch.setattr(kernels, "multiply", emulated_product.product)
+    expected = inverse_root(A, p, **options)
+    assert torch.equal(result.status, expected.status)
+    assert torch.equal(result.root, result.root.mT)
+    low = method == "product" and precision == "high"
+    unit = 4 * UNITS["float16"] if low else 64 * 2.0**-24  # each is that far from the truth
+    size = expected.root.abs().amax((1, 2), keepdim=True)
+    kappa = 1e2 ** (0.5 if method == "product" else 1)
+    assert ((result.root - expected.root).abs() <= unit * kappa * size).all()
+    torch.testing.assert_close(result.residual, expected.residual, rtol=0.5, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["newton", "product"])
+@pytest.mark.parametrize("name", [
+    "test_previous_is_kept", "test_slightly_indefinite_blocks_are_ordinary",
+    "test_a_block_depends_on_itself_alone", "test_only_the_lower_triangle_is_read",
+])  # fmt: skip
+def test_the_laws_of_the_op(backend, method, name):
+    getattr(laws, name)(backend, method)
+
+
+@pytest.mark.parametrize("method", ["newton", "product"])
+@pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 0), (3, 3), (2, 2, 3, 3), (1, 1)])
+def test_shapes(backend, method, shape):
+    laws.test_shapes(backend, method, shape)
+
+
+def test_fallback_to_eigh(backend):
+    laws.test_an_iteration_falls_back_to_eigh()
+
+
+@pytest.mark.parametrize("method", ["newton", "product"])
+def test_bad_blocks_fail_alone(backend, method):
+    laws.test_bad_blocks_fail_alone(backend, method, torch.float32)
+
+
+def test_chunks_do_not_change_a_bit(monkeypatch):
+    A = torch.stack([matrices.condition(20, 10.0**k) for k in (1, 2, 3, 4, 5)]).float()
+    whole = inverse_root(A, 2, method="newton")
+    monkeypatch.setattr(kernels, "_CHUNK_BYTES", 2 * 4 * 20 * 20)
+    assert [part.stop - part.start for part in kernels.chunks(5, 20)] == [2, 2, 1]
+    assert torch.equal(inverse_root(A, 2, method="newton").root, whole.root)
+    assert kernels.chunks(3, 100_000) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert kernels.chunks(0, 4) == []
+
+
+@pytest.mark.parametrize(("method", "p", "most"), [
+    ("newton", 1, 4), ("newton", 2, 4), ("newton", 4, 4), ("newton", 3, 5),
+    ("product", 2, 6.5), ("product", 4, 6.5),
+])  # fmt: skip
+def test_workspace(monkeypatch, method, p, most):
+    """Stacks that are alive at the same time while the iteration runs, as the docstrings say."""
+    n, peak = 24, [0.0]
+
+    def alive():
+        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        return sum(size for size in storages.values() if size >= 2 * n * n) / (4 * n * n)
+
+    def counted(*arguments, **options):
+        out = emulated_product.product(*arguments, **options)
+        peak[0] = max(peak[0], alive())
+        return out
+
+    A, one = matrices.condition(n, 1e3).float()[None], torch.ones(1)
+    monkeypatch.setattr(kernels, "multiply", counted)
+    steps = roots.schedule(method, 1e-3, p, torch.float32)
+    arithmetic = kernels.arithmetic(method, 64, p, 1e-3, "high")
+    before = alive()
+    kernels.iterate(method, A, one, one > 0, 1e-3, p, steps, arithmetic)
+    assert peak[0] - before <= most
+
+
+def test_float16_never_overflows(monkeypatch):
+    """At the smallest floors X passes 65504: it is scaled down by powers of two."""
+    monkeypatch.setattr(kernels, "arithmetic", lambda *_: "float16")
+    A = matrices.condition(16, 10.0).float()
+    result = inverse_root(A, 2, ridge=0.0, design_floor=1e-12, method="product", precision="high")
+    assert result.status == RootStatus.CONVERGED
+    assert laws.relative(result.root, laws.truth(A, 2, 0.0)[0]) < 0.05
