@@ -108,8 +108,8 @@ def schedule(
     """The minimax steps that take the fewest products in the M-form, and of those the largest
     cushion; for the M-form one of at least 10^(-3/p), because s = cushion is M = cushion^p, all
     that is left to win a value back from. The product form rounds more where the cushion is large
-    (bf16 operands at floor 1e-3: residual 0.055 against 0.048), and a step more than needed can make
-    it diverge with p = 4: at most 0.3 for it.
+    (bf16 operands at floor 1e-3: residual 0.055 against 0.048), and a step more than needed can
+    make it diverge with p = 4: at most 0.3 for it.
 
     float32 M-form, floor 1e-6, condition 10: p = 2, n = 128, cushion 0.1: error 1.7e-6, none:
     4.3e-5; p = 4, n = 33, cushion 0.2: 1.6e-6, 0.14: 4.1e-6, none: 1.2e-4; p = 12, n = 24, cushion
