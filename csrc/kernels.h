@@ -25,6 +25,7 @@ struct Operand {
   DType dtype;
   int64_t block_stride, slab_stride, row_stride, k_stride;
 
+  bool operator==(const Operand&) const = default;
   const void* block(int64_t b) const {
     constexpr int64_t kBytes[] = {4, 2, 2, 8};
     return static_cast<const char*>(data) + b * block_stride * kBytes[int(dtype)];

@@ -5,7 +5,8 @@ namespace shampoo {
 
 void gram_ema(const GramEma& p, const Parallel& parallel) {
   if (p.n == 0 || p.blocks == 0) return;
-  const ProductShape shape = {p.n, p.n, p.slabs, p.k, true, p.stat_row_stride, p.stat_row_stride};
+  const ProductShape shape = {
+      p.n, p.n, p.slabs, p.k, true, p.left == p.grad, p.stat_row_stride, p.stat_row_stride};
   const ProductPlan<float> plan(current_product_isa(), shape, p.left, p.grad);
   plan.run_stack(p.blocks, parallel, [&](int64_t b) -> ProductBlock<float> {
     float* stat = p.stat + b * p.stat_block_stride;

@@ -86,7 +86,7 @@ void inverse_root_eigh(const InverseRoot<T>& problem, double rank_rtol, const Pa
   // U^T U, with row k of U at vectors + k n.
   constexpr DType dtype = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
   const Operand u_transposed = {nullptr, dtype, 0, 0, 1, n};
-  const ProductShape symmetric = {n, n, 1, n, true, n, n};
+  const ProductShape symmetric = {n, n, 1, n, true, true, n, n};
   const ProductPlan<T> plan(current_product_isa(), symmetric, u_transposed, u_transposed);
   for_each(parallel, problem.A.blocks, 1, [&](int64_t begin, int64_t end) {
     SingleThreadedMkl single_threaded;

@@ -100,7 +100,7 @@ void inverse_root_newton(const InverseRoot<float>& problem, const NewtonSchedule
   // Columns of the right operand are rows, because it is symmetric.
   const Operand left = {nullptr, DType::kFloat32, 0, 0, n, 1};
   const Operand right = {nullptr, DType::kFloat32, 0, 0, 1, n};
-  const ProductShape symmetric = {n, n, 1, n, true, n, n};
+  const ProductShape symmetric = {n, n, 1, n, true, false, n, n};
   const ProductPlan<float> plan(current_product_isa(), symmetric, left, right);
   const int64_t whole = plan.whole_blocks(problem.A.blocks, parallel);
   for_each(parallel, whole, 1, [&](int64_t begin, int64_t end) {

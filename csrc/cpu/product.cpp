@@ -5,8 +5,9 @@ namespace shampoo {
 
 void product(const Product& p, const Parallel& parallel) {
   if (p.blocks == 0 || p.rows == 0 || p.columns == 0) return;
-  const ProductShape shape = {p.rows,           p.columns,        1, p.k, p.symmetric,
-                              p.out_row_stride, p.base_row_stride};
+  const ProductShape shape = {
+      p.rows,           p.columns,        1, p.k, p.symmetric, p.left == p.right,
+      p.out_row_stride, p.base_row_stride};
   const ProductPlan<float> plan(current_product_isa(), shape, p.left, p.right);
   plan.run_stack(p.blocks, parallel, [&](int64_t b) -> ProductBlock<float> {
     return {p.out + b * p.out_block_stride,

@@ -19,6 +19,7 @@ struct ProductBlock {
 struct ProductShape {
   int64_t rows, columns, slabs, k;
   bool symmetric;  // rows == columns; of base and of the product the lower triangle, then a mirror
+  bool one_operand;  // left and right are the same matrix in every block
   int64_t out_row_stride, base_row_stride;
 };
 
@@ -55,6 +56,7 @@ class ProductPlan {
               int64_t j1, const T* panels) const;
 
   const ProductTile<T>& tile_;
+  bool one_panel_;  // packed once for both operands
   ProductShape shape_;
   Operand left_, right_;
   int64_t slabs_each_ = 1, depth_each_ = 1, parts_ = 1;  // of a chunk; parts of one slab

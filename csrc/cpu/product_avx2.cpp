@@ -6,10 +6,8 @@
 namespace shampoo {
 
 constinit const ProductIsa product_avx2 = {
-    "avx2",
-    number_tile<float, 8, 6, 2>(256, 144),
-    {},
-    number_tile<double, 4, 4, 3>(256, 144),
+    "avx2", number_tile<float, 8, 6, 2>(256, 144),  number_tile<float, 8, 8, 1>(256, 8),
+    {},     number_tile<double, 4, 4, 3>(256, 144),
 };
 
 }  // namespace shampoo

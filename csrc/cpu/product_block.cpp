@@ -14,12 +14,15 @@ namespace {
 constexpr int64_t kWindow = int64_t{32} << 20;
 
 template <class T>
-const ProductTile<T>& choose_tile(const ProductIsa& isa, DType left, DType right) {
+const ProductTile<T>& choose_tile(const ProductIsa& isa, const ProductShape& shape,
+                                  const Operand& left, const Operand& right) {
   if constexpr (sizeof(T) == 8) {
     return isa.f64;
   } else {
-    const bool bf16 = left == DType::kBFloat16 && right == DType::kBFloat16;
-    return bf16 && runs_bf16_pairs(isa) ? isa.bf16_pairs : isa.f32;
+    const bool bf16 = left.dtype == DType::kBFloat16 && right.dtype == DType::kBFloat16;
+    if (bf16 && runs_bf16_pairs(isa)) return isa.bf16_pairs;
+    const bool small = shape.symmetric && shape.rows <= isa.f32_small.right_rows;
+    return small ? isa.f32_small : isa.f32;
   }
 }
 
@@ -48,7 +51,8 @@ Scratch& thread_scratch() {
 template <class T>
 ProductPlan<T>::ProductPlan(const ProductIsa& isa, const ProductShape& shape, const Operand& left,
                             const Operand& right)
-    : tile_(choose_tile<T>(isa, left.dtype, right.dtype)),
+    : tile_(choose_tile<T>(isa, shape, left, right)),
+      one_panel_(shape.one_operand && tile_.left_rows == tile_.right_rows),
       shape_(shape),
       left_(left),
       right_(right) {
@@ -67,7 +71,7 @@ ProductPlan<T>::ProductPlan(const ProductIsa& isa, const ProductShape& shape, co
   }
   const int64_t steps = chunk_steps(slabs_each_, depth_each_, tile_.per_step);
   left_size_ = round_up(shape.rows, tile_.left_rows) / tile_.left_rows * tile_.left_width * steps;
-  left_size_ = round_up(left_size_, 16);
+  left_size_ = one_panel_ ? 0 : round_up(left_size_, 16);
   panels_size_ = round_up(left_size_ + round_up(shape.columns, tile_.right_rows) * steps, 16);
   const double depth = double(slabs) * double(k) / (shape.symmetric ? 2 : 1);
   work_ = double(shape.rows) * double(shape.columns) * (depth + 4);
@@ -145,7 +149,9 @@ void ProductPlan<T>::run(const ProductBlock<T>& block) const {
   T* panels = static_cast<T*>(scratch.reserve(panels_size_ * sizeof(T)));
   const int64_t rows = shape_.rows, columns = shape_.columns;
   for (int64_t c = 0; c < chunks_; ++c) {
-    tile_.pack_left[int(left_.dtype)](chunk(left_, block.left, c), rows, 0, rows, panels);
+    if (!one_panel_) {
+      tile_.pack_left[int(left_.dtype)](chunk(left_, block.left, c), rows, 0, rows, panels);
+    }
     tile_.pack_right[int(right_.dtype)](chunk(right_, block.right, c), columns, 0, columns,
                                         panels + left_size_);
     for (int64_t i = 0; i < rows; i += tile_.left_block) {
@@ -173,6 +179,7 @@ void ProductPlan<T>::run_parallel(const ProductBlock<T>& block, const Parallel& 
         const int64_t c = t / packs, piece = t % packs;
         T* to = panels + c * panels_size_;
         if (piece < pieces.rows) {
+          if (one_panel_) continue;
           tile_.pack_left[int(left_.dtype)](chunk(left_, block.left, first + c), rows, piece * size,
                                             std::min((piece + 1) * size, rows), to);
         } else {

@@ -56,6 +56,8 @@ struct ProductTile {
 struct ProductIsa {
   const char* name;
   ProductTile<float> f32;
+  // One vector of columns and as many rows, so that X X^T has one panel for both operands.
+  ProductTile<float> f32_small;
   ProductTile<float> bf16_pairs;  // update_full is null where the set has none
   ProductTile<double> f64;
 };

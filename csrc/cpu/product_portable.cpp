@@ -6,15 +6,14 @@
 namespace shampoo {
 
 constinit const ProductIsa product_portable = {
-    "portable",
-    number_tile<float, 4, 4, 3>(256, 144),
-    {},
-    number_tile<double, 4, 4, 1>(256, 144),
+    "portable", number_tile<float, 4, 4, 3>(256, 144),  number_tile<float, 4, 4, 1>(256, 4),
+    {},         number_tile<double, 4, 4, 1>(256, 144),
 };
 
 constinit const ProductIsa product_avx512_generic = {
     "avx512-generic",
     number_tile<float, 16, 14, 2>(384, 224),
+    number_tile<float, 16, 16, 1>(384, 16),
     bf16_pair_tile<PairMultiplyAdd, 16, 14, 2>(384, 224),
     number_tile<double, 8, 8, 3>(256, 216),
 };
