@@ -7,9 +7,17 @@ from conftest import QUICK
 from shampoo_kernels import gram_ema_
 
 # (blocks, m, n): batches of small blocks, single large ones, wide and tall.
-SQUARE = [(256, 64, 64), (64, 128, 128), (16, 256, 256), (4, 512, 512), (1, 1024, 1024)]
+SQUARE = [
+    (1024, 16, 16),
+    (512, 32, 32),
+    (256, 64, 64),
+    (64, 128, 128),
+    (16, 256, 256),
+    (4, 512, 512),
+    (1, 1024, 1024),
+]
 SQUARE += [] if QUICK else [(4, 1024, 1024), (1, 2048, 2048)]
-OTHER = [(16, 256, 1024), (16, 1024, 256)]
+OTHER = [(1024, 16, 144), (16, 256, 1024), (16, 1024, 256)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -10,7 +10,7 @@ import torch
 from root_law import law, relative, truth
 
 from shampoo_kernels import InverseRoot, RootStatus, eigenvalue_bound, inverse_root, use_backend
-from shampoo_kernels.ops.inverse_root import root_method
+from shampoo_kernels.ops.roots import auto_method
 
 METHODS = [("eigh", p) for p in (1, 2, 4)] + [("newton", p) for p in (1, 2, 3, 4)]
 METHODS += [("product", p) for p in (1, 2, 4)]
@@ -299,7 +299,7 @@ def test_strides(backend):
     ],
 )
 def test_auto_is_a_pure_function(expected, device, isa, n, p, precision, ridge, floor):
-    assert root_method(device, isa, n, p, precision, ridge, floor) == expected
+    assert auto_method(device, isa, n, p, precision, ridge, floor) == expected
 
 
 @pytest.mark.parametrize("method", ["eigh", "newton"])

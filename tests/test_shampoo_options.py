@@ -237,3 +237,9 @@ def test_named_parameters_and_repeated_ones():
     train(optimizer, [(W, grads)])
     train(Shampoo([V]), [(V, grads)])
     assert torch.equal(W, V)
+
+
+def test_a_wrong_backend_is_named(monkeypatch):
+    monkeypatch.setenv("SHAMPOO_KERNELS_BACKEND", "bogus")
+    with pytest.raises(ValueError, match=r"^SHAMPOO_KERNELS_BACKEND must be one of"):
+        Shampoo([nn.Parameter(torch.zeros(2, 2))])

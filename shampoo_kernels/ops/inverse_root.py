@@ -2,7 +2,6 @@
 
 import enum
 import math
-import sys
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -137,30 +136,6 @@ def _empty_results(A: Tensor) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape[0]), A.new_empty(A.shape[0], dtype=torch.int8)
 
 
-# On a CPU the Newton iteration is worth it up to this n, below and from a floor of 1e-5 on, by the
-# instruction set of the native product: it is ten times as accurate as LAPACK, and as fast at
-# n = 256 (AVX2: 128). From 1e-5 on it takes at most 21 products for p = 2: 0.8 of LAPACK's speed
-# for many blocks of 1024, but 1.5 times for one, which both cores share (two Zen 5, 2026-11-25).
-_NEWTON_LIMIT = {"avx512": (256, sys.maxsize), "avx2": (128, 128)}
-
-
-def root_method(
-    device: str, isa: str | None, n: int, p: float, precision: str, ridge: float, floor: float
-) -> str:
-    """What "auto" stands for: a pure function of the device and, on a CPU, of the instruction set
-    of the native product (None: there is none for this dtype), of n, p, precision and damping."""
-    if not (p.is_integer() and p <= 64) or floor <= 0:
-        return "eigh"
-    if device == "cpu":
-        # No eigenvalue lies below the floor, so that none saturates.
-        exact = p <= 4 and ridge >= floor >= 1e-6
-        limit = _NEWTON_LIMIT.get(isa or "", (0, 0))[floor >= 1e-5]
-        return "newton" if exact and n <= limit else "eigh"
-    # Where 16-bit operands converge for every spectrum; below, newton's half products cost less.
-    low = precision != "highest" and floor >= (1e-3 if p == 4 else 1e-4)
-    return "product" if low and p in roots.PRODUCT_ROOTS else "newton"
-
-
 def _floor(A: Tensor, ridge: float, design_floor: float | None) -> float:
     if design_floor is not None:
         return design_floor
@@ -226,7 +201,7 @@ def _compute(
         method = "eigh"
         if rank_rtol is None:
             isa = native.isa() if backend == "native" and A.dtype == torch.float32 else None
-            method = root_method(A.device.type, isa, A.shape[-1], p, precision, ridge, floor)
+            method = roots.auto_method(A.device.type, isa, A.shape[-1], p, precision, ridge, floor)
         retry = retry or A.device.type == "cpu"
     results = (root, residual, status)
     roots.compute(method, backend, A, p, ridge, floor, rank_rtol, previous, *results, precision)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops.common import PRECISIONS
 from shampoo_kernels.ops.inverse_root import METHODS, inverse_root
 
@@ -136,6 +137,7 @@ def _plain(root: Any) -> float | None:
 
 def _check_root_options(group: dict) -> None:
     """Let inverse_root itself judge method, precision, ridge and p together, on an empty stack."""
+    choose("inverse_root", "cpu", torch.float32)  # a wrong SHAMPOO_KERNELS_BACKEND says so itself
     for root in set(group["p"]) - {None}:
         try:
             inverse_root(
