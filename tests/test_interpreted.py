@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,21 @@ from conftest import INTERPRETED
 
 HERE = Path(__file__).resolve().parent
 
+
+def version(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in metadata.version(package).split(".")[:2])
+
+
+def broken() -> bool:
+    found = all(importlib.util.find_spec(package) for package in ("triton", "numpy"))
+    return found and version("triton") < (3, 7) and version("numpy") >= (2, 4)
+
+
 pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="triton is not installed"
     ),
+    pytest.mark.skipif(broken(), reason="the interpreter of triton 3.6 fails with numpy 2.4"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, test_gpu.py runs the kernels"),
 ]
 

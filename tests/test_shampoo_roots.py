@@ -182,7 +182,8 @@ def test_a_refresh_keeps_to_its_workspace(monkeypatch, tmp_path, method, precisi
     stack.steps.add_(1)
     arguments = range(len(own)), torch.ones(len(own)), optimizer.param_groups[0]
     chosen = use_backend(backend) if backend else contextlib.nullcontext()
-    with chosen, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    cpu = [ProfilerActivity.CPU]
+    with chosen, profile(activities=cpu, profile_memory=True, acc_events=True) as trace:
         factors.refresh_roots_(stack, *arguments)
     used = peak = 0
     for event in trace.profiler.kineto_results.events():
