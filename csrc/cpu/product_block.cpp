@@ -19,10 +19,9 @@ const ProductTile<T>& choose_tile(const ProductIsa& isa, const ProductShape& sha
   if constexpr (sizeof(T) == 8) {
     return isa.f64;
   } else {
+    if (shape.symmetric && shape.rows <= isa.f32_small.right_rows) return isa.f32_small;
     const bool bf16 = left.dtype == DType::kBFloat16 && right.dtype == DType::kBFloat16;
-    if (bf16 && runs_bf16_pairs(isa)) return isa.bf16_pairs;
-    const bool small = shape.symmetric && shape.rows <= isa.f32_small.right_rows;
-    return small ? isa.f32_small : isa.f32;
+    return bf16 && runs_bf16_pairs(isa) ? isa.bf16_pairs : isa.f32;
   }
 }
 

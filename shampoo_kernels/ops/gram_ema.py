@@ -28,7 +28,7 @@ def gram_ema_(
 
     Only the lower triangle of `stat` is read and both are written, so that it is exactly symmetric
     afterwards. Products of 16-bit gradients are exact and summed in float32. On CPUs with
-    AVX512-BF16 subnormal bfloat16 numbers and subnormal sums of their products count as zero.
+    AVX512-BF16, above 16 rows, subnormal bfloat16 numbers and subnormal sums count as zero.
 
     Args:
         stat: (*, m, m) for side="left", (*, n, n) for side="right"; float32, or float64.
