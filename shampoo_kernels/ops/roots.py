@@ -21,9 +21,10 @@ _CUSHIONS = (*(i / 50 for i in range(15)), *(i / 20 for i in range(6, 19)))
 
 
 # On a CPU the Newton iteration is worth it up to this n, below and from a floor of 1e-5 on, by the
-# instruction set of the native product: it is ten times as accurate as LAPACK, and as fast at
-# n = 256 (AVX2: 128). From 1e-5 on it takes at most 21 products for p = 2: 0.8 of LAPACK's speed
-# for many blocks of 1024, but 1.5 times for one, which both cores share (two Zen 5, 2026-11-25).
+# instruction set of the native product. It is 4 to 18 times as accurate as LAPACK, and about as
+# fast at n = 256 (AVX2: 128): 1.1 to 1.3 times with p = 2, 0.9 with p = 4 at 1e-6, which takes 31
+# products. At 1e-4 it takes at most 21 (1e-5: 26): 0.9 of LAPACK's speed for many blocks of 1024,
+# 1.8 times for one, which both cores share (two Zen 5 cores, 2026-11-25).
 _NEWTON_LIMIT = {"avx512": (256, sys.maxsize), "avx2": (128, 128)}
 
 
