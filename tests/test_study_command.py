@@ -68,6 +68,12 @@ def test_end_to_end(finished, capsys):
         assert claim.verdict in written
 
 
+def test_the_page_marks_what_had_not_settled():
+    rows = [{"converged_kl": True, "converged_spectrum": True}, {"converged_kl": False}]
+    assert page.unsettled("kl", rows) == " *"
+    assert page.unsettled("spectrum", rows) == page.unsettled("shampoo", rows) == ""
+
+
 def test_the_page_stands_alone(finished):
     written = (finished / "index.html").read_text()
     outside = re.findall(r"(?:src|href)=.(?!data:)([^\"' >]+)", written)

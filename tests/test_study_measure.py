@@ -1,6 +1,7 @@
 """Every approximation, the singular values and the bound against the dense H in float64."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -70,8 +71,13 @@ def test_factors_have_the_moments_of_the_gradients_they_make(monkeypatch, sizes,
             (factored.inner(L, R), dense.inner(L, R)),
             (factored.norm, dense.norm),
             (factored.trace, dense.trace),
+            (factored.statistics[0], dense.left(torch.eye(n).double())),
+            (factored.statistics[1], dense.right(torch.eye(m).double())),
         ):
             torch.testing.assert_close(got * scale, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    I_m, I_n = dense.identities()
+    for got, expected in zip(dense.statistics, (dense.left(I_n), dense.right(I_m)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
     torch.testing.assert_close(factored.values(), dense.values())
     mean = factored.mean() * factored.scale
     torch.testing.assert_close(mean, dense.values().mean(0))
@@ -181,6 +187,16 @@ def test_fixed_points_of_singular_factors_are_finite(dtype):
     found = measure(DenseGradients(values, dtype=dtype), names=["kl", "q_half", "optimal"]).cosines
     # H = B⊗A with A of rank 1, and every q is exact for it
     assert found == pytest.approx(dict.fromkeys(found, 1.0), abs=1e-4)
+
+
+def test_an_iteration_that_stopped_early_says_so(monkeypatch):
+    values = gradients(60, 4, 5)
+    settled = measure(values, names=["optimal", "kl", "shampoo"]).converged
+    assert settled == {"optimal": True, "kl": True}
+    monkeypatch.setattr(sys.modules[approximations.__module__], "_STEPS", 1)
+    stopped = measure(values, names=["optimal", "kl", "shampoo"])
+    assert stopped.converged == {"optimal": True, "kl": False}
+    assert stopped.row()["converged_kl"] is False
 
 
 def test_kl_minimises_the_divergence_of_gaussians():

@@ -59,7 +59,9 @@ def test_training_with_the_probe_is_the_same_to_the_bit():
     plain, watched = (nn.Sequential(Noise(), *network()) for _ in range(2))
     optimizers = optimizer_of(plain), optimizer_of(watched)
     before = everything(watched, optimizers[1])
-    probe = KroneckerProbe(watched, optimizers[1], every=2, beta=0.9, labels="expected")
+    probe = KroneckerProbe(
+        watched, optimizers[1], every=2, beta=0.9, labels="expected", seconds=600
+    )
     for model, optimizer in zip((plain, watched), optimizers, strict=True):
         train(model, optimizer)
     assert [row["step"] for row in probe.table] == [0] * 4 + [2] * 4 + [4] * 4
@@ -84,7 +86,7 @@ def test_rows_are_the_measurements_of_the_batch(labels):
     model[3].eval()
     optimizer = optimizer_of(model)
     probe = KroneckerProbe(
-        model, optimizer, layers=["0", "4"], every=3, labels=labels, examples=10, seconds=60
+        model, optimizer, layers=["0", "4"], every=3, labels=labels, examples=10, seconds=600
     )
     expected = {}
 
@@ -110,7 +112,7 @@ def test_rows_are_the_measurements_of_the_batch(labels):
 def test_the_adagrad_view_is_the_history_of_gradients():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    probe = KroneckerProbe(model, optimizer, layers="0", every=5, beta=0.5, seconds=60)
+    probe = KroneckerProbe(model, optimizer, layers="0", every=5, beta=0.5, seconds=600)
     history = GradientHistory(0.5)
     train(model, optimizer, seen=lambda step: history.append(model[0].weight.grad))
     row = next(r for r in probe.table if (r["step"], r["view"]) == (5, "adagrad"))
@@ -148,7 +150,7 @@ def test_layers_take_turns_within_the_budget(monkeypatch):
 def test_evaluation_forwards_are_not_measured():
     model = network()
     optimizer = optimizer_of(model)
-    with KroneckerProbe(model, optimizer, every=1) as probe:
+    with KroneckerProbe(model, optimizer, every=1, seconds=600) as probe:
         model.eval()
         model(INPUTS[0])
         optimizer.step()
@@ -162,7 +164,7 @@ def test_numbers_never_raise(labels):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with torch.no_grad():
         model[4].weight.zero_()
-    probe = KroneckerProbe(model, optimizer, every=1, labels=labels)
+    probe = KroneckerProbe(model, optimizer, every=1, labels=labels, seconds=600)
     train(model, optimizer, steps=1)
     with torch.no_grad():
         model[4].weight.fill_(float("nan"))
@@ -185,7 +187,7 @@ def test_files(tmp_path):
 
     model = network()
     optimizer = optimizer_of(model)
-    probe = KroneckerProbe(model, optimizer, every=3, writer=Writer(), seconds=60)
+    probe = KroneckerProbe(model, optimizer, every=3, writer=Writer(), seconds=600)
     train(model, optimizer)
     probe.to_csv(tmp_path / "probe.csv")
     probe.to_json(tmp_path / "probe.json")

@@ -18,7 +18,7 @@ from shampoo_kernels.study.kronecker import (
 )
 
 _FLOOR = 1e-6  # of the largest eigenvalue, for inverses: the ridge of `inverse_root`
-_STEPS = 50  # towards a fixed point with inverses: with singular factors it may never be reached
+_STEPS = 200  # towards a fixed point: with singular factors rounding may keep it from settling
 
 
 class Kronecker(NamedTuple):
@@ -26,6 +26,7 @@ class Kronecker(NamedTuple):
 
     left: Tensor  # (m, m)
     right: Tensor  # (n, n)
+    converged: bool = True  # of what is iterated for
 
     def inner(self, grads: Gradients) -> float:
         return grads.inner(self.left, self.right)
@@ -45,6 +46,7 @@ class Corrected(NamedTuple):
     left: Tensor  # U (m, m)
     right: Tensor  # V (n, n)
     values: Tensor  # (m, n)
+    converged: bool = True
 
     def inner(self, grads: Gradients) -> float:
         return float((self.values * grads.squares(self.left, self.right)).sum())
@@ -118,7 +120,7 @@ def tolerance(grads: Gradients) -> float:
 
 def _optimal(grads: Gradients) -> Kronecker:
     best = optimal_kronecker(grads, tol=tolerance(grads))
-    return Kronecker(best.left, best.right)
+    return Kronecker(best.left, best.right, best.converged)
 
 
 def _shampoo(grads: Gradients) -> Kronecker:
@@ -132,12 +134,19 @@ def _kfac(grads: Gradients) -> Kronecker:
             f'K-FAC of layer "{grads.layer}" needs the inputs and output gradients of the layer, '
             "which are known for Linear and Conv2d layers (groups=1) alone"
         )
-    return Kronecker(*(unit(factor.to(grads.dtype)) for factor in grads.kfac))
+    left, right = (unit(factor.to(grads.dtype)) for factor in grads.kfac)
+    return Kronecker(left, right)
+
+
+def _ekfac(grads: Gradients) -> Corrected:
+    kfac = _kfac(grads)
+    return corrected(grads, kfac.left, kfac.right)
 
 
 def _fixed_point(grads: Gradients, q: float) -> Kronecker:
-    left, right, _ = fixed_point(grads, q, tol=1e-4, max_steps=_STEPS)
-    return Kronecker(unit(left), unit(right))
+    tol = 1e-4 if grads.dtype == torch.float64 else 1e-3  # of the cosine that is 1e-8 or 1e-6
+    left, right, converged = fixed_point(grads, q, tol=tol, max_steps=_STEPS)
+    return Kronecker(unit(left), unit(right), converged)
 
 
 MAKERS: dict[str, Callable[[Gradients], Approximation]] = {
@@ -150,7 +159,7 @@ MAKERS: dict[str, Callable[[Gradients], Approximation]] = {
     "q_half": lambda grads: _fixed_point(grads, 0.5),
     "kl": lambda grads: _fixed_point(grads, 0.0),
     "corrected": lambda grads: corrected(grads, *power_steps(grads, 1)),
-    "ekfac": lambda grads: corrected(grads, *_kfac(grads)),
+    "ekfac": _ekfac,
 }
 NAMES = {
     "optimal": "optimal Kronecker",
@@ -164,6 +173,7 @@ NAMES = {
     "corrected": "Shampoo² eigenbasis, best diagonal",
     "ekfac": "EKFAC",
 }
+ITERATED = ("optimal", "q_half", "kl")
 
 
 def check_names(op: str, names: Sequence[str]) -> None:

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from shampoo_kernels.ops import common
 from shampoo_kernels.study import gradients
-from shampoo_kernels.study.gradients import Gradients
+from shampoo_kernels.study.gradients import Gradients, as_symmetric_as
 
 
 class FactoredGradients(Gradients):
@@ -40,19 +39,19 @@ class FactoredGradients(Gradients):
     def values(self) -> Tensor:
         return torch.einsum("bktm,btn->bkmn", self._delta, self._act).flatten(0, 1)
 
-    def left(self, right: Tensor) -> Tensor:
-        total = right.new_zeros(self.shape[0], self.shape[0])
+    def left(self, right: Tensor | None) -> Tensor:
+        total = torch.zeros(self.shape[0], self.shape[0], dtype=self.dtype, device=self.device)
         for delta, act in self._chunks():
-            weighted = (act @ right @ act.mT).unsqueeze(1) @ delta  # (N, K, T, m)
+            weighted = (_times(act, right) @ act.mT).unsqueeze(1) @ delta  # (N, K, T, m)
             total += delta.flatten(0, 2).mT @ weighted.flatten(0, 2)
-        return _as_symmetric_as(right, total / self.count)
+        return as_symmetric_as(right, total / self.count)
 
-    def right(self, left: Tensor) -> Tensor:
-        total = left.new_zeros(self.shape[1], self.shape[1])
+    def right(self, left: Tensor | None) -> Tensor:
+        total = torch.zeros(self.shape[1], self.shape[1], dtype=self.dtype, device=self.device)
         for delta, act in self._chunks():
-            weighted = (delta @ left @ delta.mT).sum(1) @ act  # (N, T, n)
+            weighted = (_times(delta, left) @ delta.mT).sum(1) @ act  # (N, T, n)
             total += act.flatten(0, 1).mT @ weighted.flatten(0, 1)
-        return _as_symmetric_as(left, total / self.count)
+        return as_symmetric_as(left, total / self.count)
 
     def inner(self, left: Tensor, right: Tensor) -> float:
         total = 0.0
@@ -111,5 +110,5 @@ class FactoredGradients(Gradients):
         return delta, act
 
 
-def _as_symmetric_as(given: Tensor, made: Tensor) -> Tensor:
-    return common.mirror_lower(made) if torch.equal(given, given.mT) else made
+def _times(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x if weight is None else x @ weight

@@ -14,7 +14,7 @@ from torch import Tensor
 from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common, gram_ema
 
-CHUNK = 1 << 22  # elements of one temporary: 32 MiB in float64
+CHUNK = 1 << 20  # elements of one temporary: 8 MiB in float64
 
 
 class Unmeasurable(ValueError):
@@ -37,12 +37,12 @@ class Gradients(abc.ABC):
     kfac: tuple[Tensor, Tensor] | None  # E[δδᵀ] (m, m) and E[aaᵀ] (n, n), where they are known
 
     @abc.abstractmethod
-    def left(self, right: Tensor) -> Tensor:
-        """E[G R Gᵀ] (m, m) for any R (n, n); exactly symmetric where R is."""
+    def left(self, right: Tensor | None) -> Tensor:
+        """E[G R Gᵀ] (m, m) for any R (n, n), None: the identity; exactly symmetric where R is."""
 
     @abc.abstractmethod
-    def right(self, left: Tensor) -> Tensor:
-        """E[Gᵀ L G] (n, n) for any L (m, m); exactly symmetric where L is."""
+    def right(self, left: Tensor | None) -> Tensor:
+        """E[Gᵀ L G] (n, n) for any L (m, m), None: the identity; exactly symmetric where L is."""
 
     @abc.abstractmethod
     def inner(self, left: Tensor, right: Tensor) -> float:
@@ -70,9 +70,14 @@ class Gradients(abc.ABC):
         return self._sum_of_pairs() ** 0.5 / self.count
 
     @cached_property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Shampoo's own, E[GGᵀ] and E[GᵀG]: where everything begins."""
+        return self.left(None), self.right(None)
+
+    @cached_property
     def trace(self) -> float:
         """tr H = E‖G‖²."""
-        return float(self.left(self.identities()[1]).trace())
+        return float(self.statistics[0].trace())
 
     def identities(self) -> tuple[Tensor, Tensor]:
         """I_m and I_n."""
@@ -100,41 +105,56 @@ class DenseGradients(Gradients):
     def values(self) -> Tensor:
         return self._values
 
-    def left(self, right: Tensor) -> Tensor:
-        return self._half_step(right, transposed=False)
+    def left(self, right: Tensor | None) -> Tensor:
+        m, n = self.shape
+        total = torch.zeros(m, m, dtype=self.dtype, device=self.device)
+        if self._add_by_kernel_(total, right, transposed=False):
+            return total
+        for G in self._chunks():
+            weighted = G if right is None else G.view(-1, n) @ right
+            total.addmm_(weighted.view(m, -1), G.view(m, -1).mT, alpha=1 / self.count)
+        return as_symmetric_as(right, total)
 
-    def right(self, left: Tensor) -> Tensor:
-        return self._half_step(left, transposed=True)
+    def right(self, left: Tensor | None) -> Tensor:
+        m, n = self.shape
+        total = torch.zeros(n, n, dtype=self.dtype, device=self.device)
+        if self._add_by_kernel_(total, left, transposed=True):
+            return total
+        for G in self._chunks():
+            weighted = G if left is None else left.mT @ G.view(m, -1)
+            total.addmm_(weighted.view(-1, n).mT, G.view(-1, n), alpha=1 / self.count)
+        return as_symmetric_as(left, total)
 
     def inner(self, left: Tensor, right: Tensor) -> float:
-        return sum(float((G * (left @ G @ right.mT)).sum()) for G in self._chunks()) / self.count
+        return float((left * self.left(right)).sum(dtype=torch.float64))
 
     def squares(self, left: Tensor, right: Tensor) -> Tensor:
+        m, n = self.shape
         total = left.new_zeros(self.shape)
         for G in self._chunks():
-            total += (left.mT @ G @ right).square().sum(0)
+            rotated = (left.mT @ G.view(m, -1)).view(-1, n) @ right
+            total += rotated.view_as(G).square().sum(1)
         return total / self.count
 
     def mean(self) -> Tensor:
         total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         for G in self._chunks():
-            total += G.sum(0)
+            total += G.sum(1)
         return total / self.count
 
-    def _half_step(self, weight: Tensor, *, transposed: bool) -> Tensor:
-        size = self.shape[1] if transposed else self.shape[0]
-        total = weight.new_zeros(size, size)
-        symmetric = torch.equal(weight, weight.mT)  # the kernels mirror one triangle
-        for chunk in self._chunks():
-            G = chunk.mT if transposed else chunk
-            if symmetric:
-                backend = choose("kronecker_power_step", G.device.type, G.dtype)
-                gram_ema.accumulate_(
-                    total[None], G[None], weight[None], 1.0, 1 / self.count, backend=backend
-                )
-            else:
-                total += _beside(G @ weight) @ _beside(G).mT / self.count
-        return total
+    def _add_by_kernel_(self, total: Tensor, weight: Tensor | None, *, transposed: bool) -> bool:
+        """The same by the package's kernels, where they serve; they mirror one triangle."""
+        backend = choose("kronecker_power_step", self.device.type, self.dtype)
+        if backend == "reference" or not (weight is None or torch.equal(weight, weight.mT)):
+            return False
+        for chunk in self._parts():
+            G = chunk.to(self.dtype) / self.scale
+            grads = (G.mT if transposed else G).unsqueeze(0)
+            weights = None if weight is None else weight.unsqueeze(0)
+            gram_ema.accumulate_(
+                total.unsqueeze(0), grads, weights, 1.0, 1 / self.count, backend=backend
+            )
+        return True
 
     def _sum_of_pairs(self) -> float:
         """From the Gram matrix of gradients or from H, whichever is smaller, a few rows at once."""
@@ -151,8 +171,18 @@ class DenseGradients(Gradients):
         return total
 
     def _chunks(self) -> Iterator[Tensor]:
-        for _, chunk in _split(self._values, max(1, CHUNK // self._values[0].numel())):
-            yield chunk.to(self.dtype) / self.scale
+        """(m, b, n) of b gradients: as (m, b n) and as (m b, n) it goes into one product."""
+        for part in self._parts():
+            swapped = part.transpose(0, 1)
+            yield (
+                torch.empty(swapped.shape, dtype=self.dtype, device=self.device)
+                .copy_(swapped)
+                .div_(self.scale)
+            )
+
+    def _parts(self) -> Iterator[Tensor]:
+        for _, part in _split(self._values, max(1, CHUNK // self._values[0].numel())):
+            yield part
 
 
 def as_gradients(op: str, grads: Tensor | Gradients) -> Gradients:
@@ -194,6 +224,7 @@ def _split(whole: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
         yield start, whole[start : start + rows]
 
 
-def _beside(G: Tensor) -> Tensor:
-    """(N, m, n) -> (m, N*n): the matrices side by side."""
-    return G.transpose(0, 1).flatten(1)
+def as_symmetric_as(given: Tensor | None, made: Tensor) -> Tensor:
+    """`made`, to the bit symmetric where `given` is; None is the identity."""
+    symmetric = given is None or torch.equal(given, given.mT)
+    return common.mirror_lower(made) if symmetric else made

@@ -78,7 +78,7 @@ def optimal_kronecker(
     steps, moved = 0, float("inf")
     while steps < max_steps and moved > tol:
         steps += 1
-        new_left = unit(grads.left(right))
+        new_left = unit(grads.left(right) if steps > 1 else grads.statistics[0])
         new_right = grads.right(new_left)
         sigma = frobenius(new_right)
         new_right = unit(new_right)
@@ -98,10 +98,13 @@ def power_steps(grads: Tensor | Gradients, steps: int) -> tuple[Tensor, Tensor]:
     grads = as_gradients("power_steps", grads)
     if steps < 0:
         raise ValueError(f"power_steps: steps must be at least 0, got {steps}")
-    left, right = (unit(factor) for factor in grads.identities())
-    for _ in range(steps):
-        left, right = unit(grads.left(right)), unit(grads.right(left))
-    return left, right
+    if steps == 0:
+        left, right = grads.identities()
+    else:
+        left, right = grads.statistics
+    for _ in range(steps - 1):
+        left, right = grads.left(unit(right)), grads.right(unit(left))
+    return unit(left), unit(right)
 
 
 def cosines(grads: Tensor | Gradients, *, tol: float = 1e-6, max_steps: int = 1000) -> Cosines:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shampoo_kernels.study.approximations import approximations, tolerance
+from shampoo_kernels.study.approximations import ITERATED, approximations, tolerance
 from shampoo_kernels.study.gradients import Gradients, as_gradients
 from shampoo_kernels.study.kronecker import optimal_kronecker
 from shampoo_kernels.study.spectrum import cosine_bound, singular_values
@@ -25,6 +25,7 @@ class Measurement:
     gradients: int  # that H is made of
     cosines: dict[str, float]
     scales: dict[str, float]
+    converged: dict[str, bool]  # of those that are iterated for; a False one is not settled yet
     norm: float  # ‖H‖
     trace: float  # tr H = E‖G‖²
     spectrum: "Spectrum | None"
@@ -36,6 +37,7 @@ class Measurement:
         row |= {"norm": self.norm, "trace": self.trace}
         row |= {f"cosine_{name}": value for name, value in self.cosines.items()}
         row |= {f"scale_{name}": value for name, value in self.scales.items()}
+        row |= {f"converged_{name}": value for name, value in self.converged.items()}
         return row | ({} if self.spectrum is None else asdict(self.spectrum))
 
 
@@ -50,6 +52,7 @@ class Spectrum:
     beta: float  # the same on the right, 1 to sqrt(n)
     bound: float  # the cosine of Shampoo² is at least this
     bound_by_shape: float  # the same with alpha = beta = 1
+    converged_spectrum: bool  # sigma1, sigma2 and the factors that alpha and beta are the traces of
 
 
 def measure(
@@ -90,6 +93,7 @@ def measure(
         scales={
             name: inners[name] * P.trace / (P.norm**2 * truth.trace) for name, P in found.items()
         },
+        converged={name: found[name].converged for name in ITERATED if name in found},
         norm=truth.norm * truth.scale**2,
         trace=truth.trace * truth.scale**2,
         spectrum=_spectrum(truth) if spectrum else None,
@@ -110,4 +114,5 @@ def _spectrum(grads: Gradients) -> Spectrum:
         beta=traces[1],
         bound=cosine_bound(*sigmas, norm, grads.shape, traces=traces),
         bound_by_shape=cosine_bound(*sigmas, norm, grads.shape),
+        converged_spectrum=values.converged and best.converged,
     )

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from shampoo_kernels.commands import _data
 from shampoo_kernels.commands.study import page, plots, runs, settings
-from shampoo_kernels.commands.study.claims import Claim, claims
+from shampoo_kernels.commands.study.claims import claims
 from shampoo_kernels.commands.study.settings import SEEDS, Setting
+from shampoo_kernels.commands.study.verdicts import Claim
 
 DESCRIPTION = """
 Measures how close the Kronecker products that Shampoo, Shampoo², K-FAC and others use come to the

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 import shampoo_kernels
-from shampoo_kernels.commands.study.claims import Claim
 from shampoo_kernels.commands.study.plots import Runs
 from shampoo_kernels.commands.study.runs import VIEWS
 from shampoo_kernels.commands.study.settings import Setting, describe
+from shampoo_kernels.commands.study.verdicts import Claim
 from shampoo_kernels.study import NAMES
 
 STYLE = """
@@ -98,7 +98,8 @@ def render(runs: Runs, claims: list[Claim], pictures: dict[str, bytes], left_out
         "divergences than the Frobenius norm, whose optimum is the one above: they are not meant "
         "to win here. “Best diagonal” corrects the eigenvalues in the eigenbasis of Shampoo², "
         "EKFAC in that of K-FAC. The bound is the cosine that σ<sub>1</sub>, σ<sub>2</sub> and the "
-        "traces of the leading factors promise for Shampoo².</p>",
+        "traces of the leading factors promise for Shampoo². A star: the iteration still moved "
+        "when it was stopped, in one seed or more.</p>",
         *(_table_of_all(view, runs) for view in VIEWS),
         "<h2>The settings</h2>",
         *(f"<p><b>Left out:</b> {html.escape(sentence)}</p>" for sentence in left_out),
@@ -170,12 +171,18 @@ def _table_of_all(view: str, runs: Runs) -> str:
             ]
             if ends:
                 cells = [mean_and_spread([row.get(f"cosine_{name}") for row in ends])
-                         for name in names]  # fmt: skip
-                cells.append(mean_and_spread([row["bound"] for row in ends]))
+                         + unsettled(name, ends) for name in names]  # fmt: skip
+                bound = mean_and_spread([row["bound"] for row in ends])
+                cells.append(bound + unsettled("spectrum", ends))
                 cells.append(mean_and_spread([row["sigma2"] / row["sigma1"] for row in ends]))
                 shape = f"{ends[0]['m']} × {ends[0]['n']}"
                 rows.append([setting.name, layer, shape, *cells])
     return f"<h3>{VIEWS[view]} view</h3>" + _table(head, rows, texts=3)
+
+
+def unsettled(name: str, rows: list[dict[str, Any]]) -> str:
+    """A star where an iteration stopped before it had settled, in any seed."""
+    return "" if all(row.get(f"converged_{name}", True) for row in rows) else " *"
 
 
 def mean_and_spread(values: list[float | None]) -> str:

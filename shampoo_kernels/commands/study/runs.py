@@ -45,8 +45,6 @@ def run(setting: Setting, data: Data, seed: int, progress: Progress) -> dict[str
     size = min(setting.batch_size, len(data.train_images))
     stream = batches(len(data.train_images), size, seed)
     weights = {layer: model.get_parameter(f"{layer}.weight") for layer in setting.layers}
-    largest = max(weight.numel() for weight in weights.values())
-    dtype = torch.float64 if largest <= EXACT else torch.float32
     rows: list[dict[str, Any]] = []
     tricks: list[dict[str, Any]] = []
     curve = []
@@ -54,11 +52,12 @@ def run(setting: Setting, data: Data, seed: int, progress: Progress) -> dict[str
         if step in setting.points:
             last = step == setting.steps
             curve.append({"step": step} | _validation(model, data))
-            truths = sample(model, examples, layers=setting.layers, labels="expected", dtype=dtype)
+            truths = _sample(model, examples, layers=setting.layers, labels="expected")
             for layer, truth in truths.items():
                 rows += _rows(step, layer, "gauss_newton", truth, last)
                 if step:
-                    rows += _rows(step, layer, "adagrad", histories[layer].gradients(dtype), last)
+                    past = histories[layer].gradients(_dtype(*truth.shape))
+                    rows += _rows(step, layer, "adagrad", past, last)
             if step in setting.trick_points:
                 tricks += _tricks(setting, model, truths, examples, labels, step, seed)
             progress(f"{setting.name}, seed {seed}, step {step}")
@@ -81,6 +80,17 @@ def run(setting: Setting, data: Data, seed: int, progress: Progress) -> dict[str
         "tricks": tricks,
         "one_step": _one_step(model, setting.layers, examples[:32], labels[:32]),
     }
+
+
+def _sample(*args: Any, **options: Any) -> dict[str, Gradients]:
+    found = sample(*args, **options)
+    for grads in found.values():
+        grads.dtype = _dtype(*grads.shape)
+    return found
+
+
+def _dtype(m: int, n: int) -> torch.dtype:
+    return torch.float64 if m * n <= EXACT else torch.float32
 
 
 def _rows(step: int, layer: str, view: str, truth: Gradients, last: bool) -> list[dict[str, Any]]:
@@ -115,17 +125,15 @@ def _tricks(
     what infinitely many batches would give: B E[G_B G_Bᵀ] = E[GGᵀ] + (B-1) E[G] E[G]ᵀ.
     """
     generator = _generator(seed, step)
-    dtype = next(iter(truths.values())).dtype
-    singles = sample(model, examples, labels, layers=setting.layers, dtype=dtype)
+    singles = _sample(model, examples, labels, layers=setting.layers)
     found = []
     for batch_size in setting.batch_sizes:
         count = setting.batches * batch_size
         index = torch.randint(0, len(examples), (count,), generator=generator)
         for kind in ("real", "sampled"):
-            made = sample(
+            made = _sample(
                 model, examples[index], labels[index] if kind == "real" else None,
                 layers=setting.layers, labels=kind, batch_size=batch_size, generator=generator,
-                dtype=dtype,
             )  # fmt: skip
             for layer, truth in truths.items():
                 base = singles[layer] if kind == "real" else truth
@@ -141,7 +149,7 @@ def _tricks(
 
 def _expected(grads: Gradients, batch_size: int, kind: str) -> tuple[Tensor, Tensor]:
     """L and R of infinitely many batches; labels that the model expects have E[G] = 0."""
-    left, right = grads.left(grads.identities()[1]), grads.right(grads.identities()[0])
+    left, right = grads.statistics
     if kind == "sampled":
         return left, right
     mean = grads.mean()

@@ -8,7 +8,7 @@ import torch
 
 from shampoo_kernels.commands import _data
 
-FORMAT = 2  # of the stored runs: to be raised when what they hold changes
+FORMAT = 3  # of the stored runs: to be raised when what they hold changes
 
 
 @dataclass(frozen=True)
