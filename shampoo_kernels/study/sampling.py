@@ -45,7 +45,9 @@ def sample(
     independent examples, so that labels drawn from the model, where E[G] = 0, are unbiased for
     Gauss-Newton at every B, and real labels are not.
 
-    The model is in eval mode meanwhile, so that examples do not mix; nothing of it changes.
+    The model is in eval mode meanwhile (batch norm with its running statistics, no dropout), so
+    that examples do not mix; nothing of it changes. Labels to be ignored have no place here: leave
+    such examples out, or give a function as loss.
 
     Args:
         model: takes `inputs`, gives one tensor (N, *, C): scores or predictions, C last.
