@@ -9,12 +9,14 @@ stopped. About an hour with two jobs; needs what `make bench` installs.
 """
 
 import argparse
+import importlib.util
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
-from multiprocessing import get_context
 from pathlib import Path
 
 import report
@@ -37,10 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"training: {error}", file=sys.stderr)
         return 1
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the workers, before they import torch
-    pool = ProcessPoolExecutor(plan.jobs, mp_context=get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    ignored = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is for this process, which ends the workers
+    pool = ProcessPoolExecutor(plan.jobs, context, signal.signal, ignored)
     try:
         found = complete(plan, pool, lambda line: print(line, flush=True))
     except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
         print("\ntraining: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     finally:
@@ -73,6 +79,10 @@ def plan_of(args: argparse.Namespace) -> Plan:
         if not 1 <= value <= 1024:
             raise ValueError(f"--{option} must be from 1 to 1024, got {value}")
     names = args.methods or (methods.QUICK if args.quick else [m.name for m in methods.METHODS])
+    entries = methods.named(names)
+    peers = [method.name for method in entries if method.make is methods.peer]
+    if peers and not importlib.util.find_spec("pytorch_optimizer"):
+        raise ValueError(f"{', '.join(peers)}: needs pytorch_optimizer, which is not installed")
     chosen = []
     for task in tasks.quick() if args.quick else tasks.TASKS:
         if args.tasks is not None and task.name not in args.tasks:
@@ -86,7 +96,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
             print(f"training: {task.name} is left out: {error}", file=sys.stderr)
     if not chosen:
         raise DataError("there is no data for any task")
-    return Plan(chosen, methods.named(names), seeds, args.output, args.threads, args.jobs)
+    return Plan(chosen, entries, seeds, args.output, args.threads, args.jobs)
 
 
 def write(plan: Plan, found: Found) -> str:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from comparison.results import Row, baseline
 from comparison.tasks import Task
+from shampoo_kernels.commands._report import seeds_text
 
 # Okabe and Ito's, which every kind of colour vision tells apart; then again, dashed.
 COLOURS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#999999", "#0072B2", "#56B4E9", "#000000")
@@ -28,7 +29,8 @@ def draw(task: Task, made: Sequence[Row]) -> bytes:
             _curve(axes, row, against, COLOURS[i % len(COLOURS)], LINES[i // len(COLOURS) % 3])
         base = baseline(made)
         if base:
-            axes.axhline(base.lowest, color="#555555", linestyle="--", linewidth=1)
+            label = "lowest loss of AdamW"
+            axes.axhline(base.lowest, color="#555555", linestyle="--", linewidth=1, label=label)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.5, alpha=0.4)
@@ -37,8 +39,8 @@ def draw(task: Task, made: Sequence[Row]) -> bytes:
         panels[1].legend(loc="upper right", frameon=False)
     panels[0].set(xlabel="step", ylabel="validation loss")
     panels[1].set(xlabel="seconds (forward, backward, optimizer)")
-    seeds = max((len(row.runs) for row in made), default=0)
-    figure.suptitle(f"{task.title}: mean over {seeds} seeds, lowest to highest shaded")
+    seeds = seeds_text(range(max((len(row.runs) for row in made), default=0)))
+    figure.suptitle(f"{task.title}: mean over {seeds}, lowest to highest shaded")
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

@@ -10,6 +10,7 @@ from comparison.methods import BASELINES, OTHERS_LR, REFRESH, Method
 from comparison.runs import Key, Run
 from comparison.search import Found
 from comparison.tasks import Task
+from shampoo_kernels.commands._report import seeds_text
 
 HEADER = (
     "method", "learning rate", "lowest loss", "final loss", "accuracy, %", "steps to AdamW's",
@@ -146,7 +147,7 @@ def markdown(
     lines = [
         machine,
         "",
-        f"Validation loss, mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}; "
+        f"Validation loss, mean ± standard deviation over {seeds_text(range(seeds))}; "
         "the same weights at the start, the same batches and the same schedule for every method. "
         f"{search.RULE}",
         "",
