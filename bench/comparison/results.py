@@ -59,7 +59,8 @@ def reached(run: Run, goal: float) -> tuple[float, float] | None:
         if i == 0:
             return float(run.steps[0]), run.seconds[0]
         share = (run.loss[i - 1] - goal) / (run.loss[i - 1] - loss)
-        return tuple(v[i - 1] + share * (v[i] - v[i - 1]) for v in (run.steps, run.seconds))
+        steps, seconds = (v[i - 1] + share * (v[i] - v[i - 1]) for v in (run.steps, run.seconds))
+        return steps, seconds
     return None
 
 

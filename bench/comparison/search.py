@@ -15,7 +15,7 @@ RULE = (
     f"Learning rates: seed {SEARCH_SEED}, full runs, a grid of ratio {RATIO:g} that is extended "
     f"while its best is at an edge (at most {MOST_EXTENSIONS} times), then the two neighbours of "
     f"the best at ratio √{RATIO:g}; the lowest validation loss decides. The other seeds run at "
-    "that rate."
+    f"that rate; seed {SEARCH_SEED} is reported with them."
 )
 Found = Mapping[Key, Run]
 

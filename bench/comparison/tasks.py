@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from shampoo_kernels.commands import _data
 from shampoo_kernels.commands._training import batches
 
 TEXT_FILE = "tinyshakespeare.txt"
-Loss = tuple[Tensor, float | None]  # mean loss; accuracy where the task has one
+Validation = tuple[Tensor, float | None]  # mean loss; accuracy where the task has one
+NextLoss = Callable[[], Tensor]  # the mean loss of a batch that is drawn already
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,17 @@ TASKS = (
 
 def quick() -> tuple[Task, ...]:
     """A few steps of each; images are the digits of scikit-learn, which need no folder."""
-    short = {"steps": 6, "warmup": 1, "evaluate_every": 3, "about_seconds": 1.0}
+    short: dict[str, Any] = {"steps": 6, "warmup": 1, "evaluate_every": 3, "about_seconds": 1.0}
     gpt, resnet = (replace(task, **short) for task in TASKS)
-    digits = {"title": "ResNet on digits (scikit-learn)", "data": "digits", "validation": 450}
-    return replace(gpt, width=32, validation=16), replace(resnet, width=8, **digits)
+    digits: dict[str, Any] = {"title": "ResNet on digits (scikit-learn)", "data": "digits"}
+    return replace(gpt, width=32, validation=16), replace(resnet, width=8, validation=450, **digits)
 
 
 class Training:
-    """A task's data and model, initialised from the seed: what a run needs, and nothing drawn
-    from a generator that an optimizer could advance."""
+    """A task's data and model. Both come from the seed and from generators of their own, which no
+    optimizer advances: every method starts with the same weights and sees the same batches."""
 
     def __init__(self, task: Task, seed: int) -> None:
-        self._task = task
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model, self._next_loss, self._validate = _START[task.name](task, seed)
@@ -69,7 +70,7 @@ class Training:
         self.hidden = hidden
         self.others = [p for p in self.model.parameters() if id(p) not in ids]
 
-    def next_batch(self) -> Callable[[], Tensor]:
+    def next_batch(self) -> NextLoss:
         """Draw the next batch; returns what computes its mean loss."""
         return self._next_loss()
 
@@ -122,7 +123,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Every layer starts as torch makes it."""
+    """Every layer starts as torch makes it, which suits AdamW: at 0.012 it ends at 2.05, with
+    N(0, 0.02²) for all matrices at 2.23, for the embeddings alone at 2.46 (seed 0)."""
 
     def __init__(self, characters: int, width: int, depth: int, context: int) -> None:
         super().__init__()
@@ -140,35 +142,6 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
-
-
-def _start_gpt(task: Task, seed: int):
-    """The first 90 % of the text are trained on; windows spread over the rest validate."""
-    text = _text()
-    characters = sorted(set(text))
-    index = {character: i for i, character in enumerate(characters)}
-    tokens = torch.tensor([index[character] for character in text])
-    cut = len(tokens) * 9 // 10
-    training, held_out = tokens[:cut], tokens[cut:]
-    offsets = torch.arange(task.context + 1)
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.linspace(0, len(held_out) - task.context - 1, task.validation).long()
-    windows = held_out[starts[:, None] + offsets]
-    model = GPT(len(characters), task.width, task.depth, task.context)
-
-    def loss_of(batch: Tensor) -> Tensor:
-        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-    def next_loss() -> Callable[[], Tensor]:
-        high = cut - task.context
-        start = torch.randint(high, (task.batch_size, 1), generator=generator)
-        batch = training[start + offsets]
-        return lambda: loss_of(batch)
-
-    def validate() -> Loss:
-        return torch.stack([loss_of(part) for part in windows.split(16)]).mean(), None
-
-    return model, next_loss, validate
 
 
 class Convolution(nn.Module):
@@ -227,19 +200,52 @@ class ResNet(nn.Module):
         return self.head(self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3)))
 
 
-def _start_resnet(task: Task, seed: int):
+Start = tuple[GPT | ResNet, Callable[[], NextLoss], Callable[[], Validation]]
+
+
+def _start_gpt(task: Task, seed: int) -> Start:
+    """The first 90 % of the text are trained on; windows spread over the rest validate."""
+    text = _text()
+    characters = sorted(set(text))
+    index = {character: i for i, character in enumerate(characters)}
+    tokens = torch.tensor([index[character] for character in text])
+    cut = len(tokens) * 9 // 10
+    training, held_out = tokens[:cut], tokens[cut:]
+    offsets = torch.arange(task.context + 1)
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.linspace(0, len(held_out) - task.context - 1, task.validation).long()
+    windows = held_out[starts[:, None] + offsets]
+    model = GPT(len(characters), task.width, task.depth, task.context)
+
+    def loss_of(scores: Tensor, batch: Tensor) -> Tensor:
+        return F.cross_entropy(scores.flatten(0, 1), batch[:, 1:].flatten())
+
+    def next_loss() -> NextLoss:
+        high = cut - task.context
+        start = torch.randint(high, (task.batch_size, 1), generator=generator)
+        batch = training[start + offsets]
+        return lambda: loss_of(model(batch[:, :-1]), batch)
+
+    def validate() -> Validation:
+        scores = torch.cat([model(part[:, :-1]) for part in windows.split(16)])
+        return loss_of(scores, windows), None
+
+    return model, next_loss, validate
+
+
+def _start_resnet(task: Task, seed: int) -> Start:
     """No augmentation; the first images of the data's own validation part validate."""
     data = _data.load(task.data)
     images, labels = data.validation_images[: task.validation], data.validation_labels
     stream = batches(len(data.train_images), task.batch_size, seed)
     model = ResNet(images.shape[1], task.width, task.depth)
 
-    def next_loss() -> Callable[[], Tensor]:
+    def next_loss() -> NextLoss:
         index = next(stream)
         batch, truth = data.train_images[index], data.train_labels[index]
         return lambda: F.cross_entropy(model(batch), truth)
 
-    def validate() -> Loss:
+    def validate() -> Validation:
         scores = torch.cat([model(part) for part in images.split(128)])
         truth = labels[: len(images)]
         return F.cross_entropy(scores, truth), float((scores.argmax(1) == truth).float().mean())
