@@ -21,7 +21,7 @@ from pathlib import Path
 
 import report
 import torch
-from comparison import methods, results, runs, tasks
+from comparison import methods, plots, results, runs, tasks
 from comparison.plan import Plan, complete
 from comparison.search import Found
 
@@ -101,8 +101,6 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 def write(plan: Plan, found: Found) -> str:
     """The tables, which are returned too, and the pictures."""
-    from comparison import plots  # matplotlib is for pictures alone
-
     for task in plan.tasks:
         made = results.rows(task, plan.methods, plan.seeds, found)
         runs.write(plan.folder / f"{task.name}.png", plots.draw(task, made))

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("matplotlib", reason="the demo's requirements are not installed")
+pytest.importorskip("tqdm", reason="the demo's requirements are not installed")
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 from comparison import methods, results, runs, search, tasks
