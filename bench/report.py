@@ -19,7 +19,7 @@ from shampoo_kernels import native
 def machine() -> dict:
     """What the table is read against, measured now: GFLOP/s of large products, GB/s of a copy."""
     facts = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "shampoo_kernels": shampoo_kernels.__version__,
@@ -36,7 +36,7 @@ def machine() -> dict:
     return facts
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
             fields = dict(line.split(":", 1) for line in lines if ":" in line)

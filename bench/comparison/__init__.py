@@ -1,0 +1,1 @@
+"""The parts of bench/training.py: what is trained, by which methods, and what is made of it."""
