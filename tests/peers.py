@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from matrices import condition, low_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -195,3 +196,41 @@ def need(integration: Integration) -> None:
         integration.enable().disable()
     except UnsupportedPeer as error:
         pytest.skip(str(error), allow_module_level=True)
+
+
+UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+def matrices(n: int, dtype: torch.dtype) -> Tensor:
+    """(8, n, n) with condition numbers from 1 to 1e12 and one of rank 3: a mixed batch."""
+    made = [condition(n, 10.0**k) for k in (0, 1, 2, 4, 6, 8, 12)]
+    return torch.stack([*made, low_rank(n, 3)]).to(dtype)
+
+
+def true_root(A: Tensor, p: float, shift: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
+    """((A + shift*I)^(-1/p) by float64 eigh of A as it is rounded, its condition number)."""
+    values, vectors = torch.linalg.eigh(A.double())
+    values = values.clamp(min=0) + shift
+    root = (vectors * values.pow(-1 / p).unsqueeze(-2)) @ vectors.mT
+    return root, values.amax(-1) / values.amin(-1)
+
+
+def error(X: Tensor, truth: Tensor) -> Tensor:
+    """Relative, per block; inf where X is not finite."""
+    relative = (X.double() - truth).flatten(-2).norm(dim=-1) / truth.flatten(-2).norm(dim=-1)
+    return relative.nan_to_num(math.inf, math.inf)
+
+
+def rounding(X: Tensor, kappa: Tensor, p: float) -> Tensor:
+    """How close rounding lets a root (*, n, n) come to the true one: 4u sqrt(kappa n), or a
+    backward error of u on every eigenvalue, which the smallest feels as u kappa / p."""
+    unit = UNIT[X.dtype]
+    return torch.maximum(4 * unit * (kappa * X.shape[-1]).sqrt(), unit * kappa / p)
+
+
+def check_root(ours: Tensor, peer: Tensor, truth: Tensor, kappa: Tensor, p: float) -> None:
+    """Where the peer's own algorithm stops early: ours is as close to the float64 value of the
+    peer's formula as the peer's result, or as close as rounding lets any come."""
+    assert ours.isfinite().all()
+    allowed = torch.maximum(error(peer, truth), rounding(ours, kappa, p))
+    assert (error(ours, truth) <= allowed).all()
