@@ -106,7 +106,7 @@ def test_scalable_shampoo_is_as_close_to_its_formula(n, p, dtype):
 @pytest.mark.parametrize("use_svd", [False, True])
 def test_blocks_of_several_sizes(use_svd):
     torch.manual_seed(0)
-    made = PreConditioner(torch.zeros(7, 11), 0.9, 0, 5, 1, 8192, True, 0, use_svd=use_svd)
+    made = PreConditioner(torch.zeros(7, 11), 0.9, 0, 5, 1, 8192, False, 0, use_svd=use_svd)
     assert len({s.shape for s in made.statistics}) == 3
     G = torch.randn(7, 11)
     with integration.enable():
@@ -115,9 +115,9 @@ def test_blocks_of_several_sizes(use_svd):
     for S, X in zip(made.statistics, made.pre_conditioners, strict=True):
         assert torch.equal(S, S.mT)
         shift = 0 if use_svd else 1e-6 * float(torch.linalg.eigvalsh(S.double())[-1])
-        p = made.exponent_for_pre_conditioner
-        truth, kappa = true_root(S, p, shift)
-        assert error(X, truth) <= rounding(X, kappa, p)
+        truth, kappa = true_root(S, 4, shift)
+        units = 4 if use_svd else 1  # of backward error: eigh commits a few, the iteration one
+        assert error(X, truth) <= units * rounding(X, kappa, 4)
         assert X.untyped_storage().nbytes() == X.nbytes  # saved alone
     expected = 1e-6 * 0.9 * torch.eye(5) + 0.1 * G[:5, :5] @ G[:5, :5].T
     torch.testing.assert_close(made.statistics[0], expected)
