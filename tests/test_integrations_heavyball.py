@@ -11,7 +11,8 @@ from shampoo_kernels.integrations import heavyball as integration
 need(integration.INTEGRATION)
 import heavyball as peer  # noqa: E402
 
-OPTIMIZERS = ("SOAP", "KLSOAP", "KLShampoo", "HeavySOAP", "HeavyKLSOAP", "HeavyKLShampoo")
+OPTIMIZERS = ("SOAP", "KLSOAP", "KLShampoo")
+HEAVY = ("HeavySOAP", "HeavyKLSOAP", "HeavyKLShampoo")
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,10 @@ def _eager(monkeypatch):
 
 def make(name, parameters):
     kept = str(parameters[0].dtype).removeprefix("torch.")
-    return getattr(peer, name)(parameters, precondition_frequency=2, storage_dtype=kept)
+    # Below the eps of 1e-8 that KLSOAP begins with its own runs part by a quarter in float64 when
+    # a gradient moves by one unit in the last place.
+    options = {"eps": 1e-4} if "KLSOAP" in name else {}
+    return getattr(peer, name)(parameters, precondition_frequency=2, storage_dtype=kept, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -29,6 +33,12 @@ def make(name, parameters):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_agrees_with_the_peer(optimizer, name, dtype):
     check_agreement(integration.INTEGRATION, functools.partial(make, optimizer), name, dtype)
+
+
+@pytest.mark.parametrize("optimizer", HEAVY)
+def test_heavy_agrees_with_the_peer(optimizer):
+    make_it = functools.partial(make, optimizer)
+    check_agreement(integration.INTEGRATION, make_it, "mlp", torch.float64)
 
 
 @pytest.mark.parametrize("optimizer", ["SOAP", "KLShampoo"])

@@ -22,7 +22,7 @@ from torch_optimizer import shampoo  # noqa: E402
 
 
 def optimizer(parameters):
-    return peer.Shampoo(parameters, update_freq=3)
+    return peer.Shampoo(parameters, lr=1e-3, update_freq=3)  # with its 0.1 the GPT diverges
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
