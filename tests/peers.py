@@ -19,6 +19,19 @@ STEPS = 20
 DTYPES = (torch.float64, torch.float32)
 
 
+# float32 takes a handful of runs; `make test` does those of the first model.
+CASES = [
+    pytest.param(
+        name,
+        dtype,
+        id=f"{name}-{str(dtype).removeprefix('torch.')}",
+        marks=[pytest.mark.slow] if dtype == torch.float32 and name != "mlp" else [],
+    )
+    for name in ("mlp", "conv", "gpt")
+    for dtype in DTYPES
+]
+
+
 class Task(NamedTuple):
     """A model and its loss on the batch of a step."""
 
@@ -104,33 +117,33 @@ def run(
     name: str,
     dtype: torch.dtype,
     *,
-    within: contextlib.AbstractContextManager | None = None,
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     nudge: int | None = None,
+    warm: int = 0,
     state: dict | None = None,
     steps: range = range(STEPS),
 ) -> tuple[Tensor, torch.optim.Optimizer]:
     """(all parameters after training as one float64 vector, the optimizer).
 
-    optimizer: makes it from a list of parameters. within: what to train inside of. nudge: a seed;
-    every gradient then moves by one unit in the last place, up or down. state: {"model": ...,
-    "optimizer": ...} to begin with.
+    optimizer: makes it from a list of parameters. within: makes what every step is taken inside of.
+    nudge: a seed; every gradient then moves by one unit in the last place, up or down. warm: how
+    many first steps are left without either. state: {"model": ..., "optimizer": ...} to begin with.
     """
     model, loss = task(name, dtype)
     generator = torch.Generator().manual_seed(nudge or 0)
     torch.manual_seed(2)  # for peers that draw random numbers
-    with within or contextlib.nullcontext():
-        made = optimizer(list(model.parameters()))
-        if state is not None:
-            model.load_state_dict(state["model"])
-            made.load_state_dict(state["optimizer"])
-        for step in steps:
-            model.zero_grad()
-            loss(step).backward()
-            if nudge is not None:
-                for p in model.parameters():
-                    up = torch.randint(2, p.shape, generator=generator, dtype=torch.bool)
-                    infinity = torch.where(up, math.inf, -math.inf).to(dtype)
-                    p.grad = torch.nextafter(p.grad, infinity)
+    made = optimizer(list(model.parameters()))
+    if state is not None:
+        model.load_state_dict(state["model"])
+        made.load_state_dict(state["optimizer"])
+    for step in steps:
+        model.zero_grad()
+        loss(step).backward()
+        if nudge is not None and step >= warm:
+            for p in model.parameters():
+                up = torch.randint(2, p.shape, generator=generator, dtype=torch.bool)
+                p.grad = torch.nextafter(p.grad, torch.where(up, math.inf, -math.inf).to(dtype))
+        with within() if step >= warm else contextlib.nullcontext():
             made.step()
     return flat(model), made
 
@@ -145,23 +158,32 @@ def distance(a: Tensor, b: Tensor, name: str) -> float:
     return float((a - b).norm() / moved)
 
 
-def tolerance(optimizer: Callable, name: str, dtype: torch.dtype, peer: Tensor) -> float:
+def tolerance(
+    optimizer: Callable, name: str, dtype: torch.dtype, peer: Tensor, warm: int = 0
+) -> float:
     """How far apart two runs may end that should agree: 1e-9 in float64; in float32 five times the
-    divergence of the peer's own runs whose gradients differ by one unit in the last place."""
+    divergence of the peer's own runs whose gradients differ by one unit in the last place. Where
+    that is as much as they move, a comparison would say nothing."""
     if dtype == torch.float64:
         return 1e-9
-    nudged = (run(optimizer, name, dtype, nudge=seed)[0] for seed in (1, 2, 3))
-    return 5 * max(distance(other, peer, name) for other in nudged)
+    nudged = (run(optimizer, name, dtype, nudge=seed, warm=warm)[0] for seed in (1, 2, 3))
+    allowed = 5 * max(distance(other, peer, name) for other in nudged)
+    assert allowed < 0.5
+    return allowed
 
 
 def check_agreement(
-    integration: Integration, optimizer: Callable, name: str, dtype: torch.dtype
+    integration: Integration, optimizer: Callable, name: str, dtype: torch.dtype, warm: int = 0
 ) -> None:
-    """The peer's run and the same with the integration on end at the same parameters."""
+    """The peer's run and the same with the integration on end at the same parameters.
+
+    warm: for peers that begin with the eigenvectors of a singular matrix, which are a matter of
+    rounding: so many first steps are the peer's own in both.
+    """
     peer, _ = run(optimizer, name, dtype)
-    ours, _ = run(optimizer, name, dtype, within=integration.enable())
+    ours, _ = run(optimizer, name, dtype, within=integration.enable, warm=warm)
     assert not integration.enabled
-    assert distance(ours, peer, name) <= tolerance(optimizer, name, dtype, peer)
+    assert distance(ours, peer, name) <= tolerance(optimizer, name, dtype, peer, warm)
 
 
 def structure(value: object) -> object:
@@ -180,7 +202,7 @@ def check_state(integration: Integration, optimizer: Callable, name: str) -> Non
     from its own, in float64. (Not all peers resume exactly where they stopped.)"""
 
     def train(within: Callable, steps: range, state: dict | None = None):
-        return run(optimizer, name, torch.float64, within=within(), steps=steps, state=state)
+        return run(optimizer, name, torch.float64, within=within, steps=steps, state=state)
 
     half, rest = range(STEPS // 2), range(STEPS // 2, STEPS)
     on, off = integration.enable, contextlib.nullcontext

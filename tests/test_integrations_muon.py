@@ -54,7 +54,7 @@ def test_is_closer_to_the_formula(shape, steps):
 @pytest.mark.parametrize("name", MODELS)
 def test_runs_closer_to_the_formula(name, monkeypatch):
     theirs, _ = run(optimizer, name, torch.float32)
-    ours, _ = run(optimizer, name, torch.float32, within=integration.enable())
+    ours, _ = run(optimizer, name, torch.float32, within=integration.enable)
     monkeypatch.setattr(
         peer, "_zeropower_via_newtonschulz", lambda grad, *rest: formula(grad, *rest).to(grad.dtype)
     )
@@ -64,7 +64,7 @@ def test_runs_closer_to_the_formula(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_float64_runs_the_formula(name, monkeypatch):
-    ours, _ = run(optimizer, name, torch.float64, within=integration.enable())
+    ours, _ = run(optimizer, name, torch.float64, within=integration.enable)
     monkeypatch.setattr(peer, "_zeropower_via_newtonschulz", formula)
     truth, _ = run(optimizer, name, torch.float64)
     assert distance(ours, truth, name) <= 1e-9
@@ -72,7 +72,7 @@ def test_float64_runs_the_formula(name, monkeypatch):
 
 def test_state_is_the_peers():
     _, theirs = run(optimizer, "mlp", torch.float32, steps=range(3))
-    _, ours = run(optimizer, "mlp", torch.float32, steps=range(3), within=integration.enable())
+    _, ours = run(optimizer, "mlp", torch.float32, steps=range(3), within=integration.enable)
     theirs, ours = theirs.state_dict(), ours.state_dict()
     assert ours["param_groups"] == theirs["param_groups"]
     for key, state in theirs["state"].items():

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from peers import (
+    CASES,
     DTYPES,
     MODELS,
     check_agreement,
@@ -39,11 +40,11 @@ CONVERGED = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_agrees_with_the_peer(optimizer, name, dtype):
-    check_agreement(integration.INTEGRATION, OPTIMIZERS[optimizer], name, dtype)
+    warm = 6 if optimizer == "SOAP" and dtype == torch.float32 else 0
+    check_agreement(integration.INTEGRATION, OPTIMIZERS[optimizer], name, dtype, warm)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -159,7 +160,7 @@ def test_scalable_shampoo_trains_as_its_formula_says(monkeypatch):
         )
 
     theirs, _ = run(scalable, "mlp", torch.float64)
-    ours, _ = run(scalable, "mlp", torch.float64, within=integration.enable())
+    ours, _ = run(scalable, "mlp", torch.float64, within=integration.enable)
     name = "pytorch_optimizer.optimizer.utils.preconditioner.compute_power_schur_newton"
     monkeypatch.setattr(name, exact)
     truth, _ = run(scalable, "mlp", torch.float64)

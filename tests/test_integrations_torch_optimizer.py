@@ -3,8 +3,7 @@
 import pytest
 import torch
 from peers import (
-    DTYPES,
-    MODELS,
+    CASES,
     check_agreement,
     check_state,
     error,
@@ -25,8 +24,7 @@ def optimizer(parameters):
     return peer.Shampoo(parameters, lr=1e-3, update_freq=3)  # with its 0.1 the GPT diverges
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_agrees_with_the_peer(name, dtype):
     check_agreement(integration.INTEGRATION, optimizer, name, dtype)
 
