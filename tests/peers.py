@@ -117,7 +117,7 @@ def run(
     name: str,
     dtype: torch.dtype,
     *,
-    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    within: Callable | contextlib.AbstractContextManager = contextlib.nullcontext,
     nudge: int | None = None,
     warm: int = 0,
     state: dict | None = None,
@@ -125,27 +125,35 @@ def run(
 ) -> tuple[Tensor, torch.optim.Optimizer]:
     """(all parameters after training as one float64 vector, the optimizer).
 
-    optimizer: makes it from a list of parameters. within: makes what every step is taken inside of.
-    nudge: a seed; every gradient then moves by one unit in the last place, up or down. warm: how
-    many first steps are left without either. state: {"model": ..., "optimizer": ...} to begin with.
+    optimizer: makes it from a list of parameters. within: what to train inside of, or what makes
+    that. nudge: a seed; every gradient then moves by one unit in the last place, up or down. warm:
+    so many first steps go without either. state: {"model": ..., "optimizer": ...} to begin with.
     """
     model, loss = task(name, dtype)
     generator = torch.Generator().manual_seed(nudge or 0)
     torch.manual_seed(2)  # for peers that draw random numbers
-    made = optimizer(list(model.parameters()))
-    if state is not None:
-        model.load_state_dict(state["model"])
-        made.load_state_dict(state["optimizer"])
-    for step in steps:
-        model.zero_grad()
-        loss(step).backward()
-        if nudge is not None and step >= warm:
-            for p in model.parameters():
-                up = torch.randint(2, p.shape, generator=generator, dtype=torch.bool)
-                p.grad = torch.nextafter(p.grad, torch.where(up, math.inf, -math.inf).to(dtype))
-        with within() if step >= warm else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if warm == 0:
+            stack.enter_context(within() if callable(within) else within)
+        made = optimizer(list(model.parameters()))
+        if state is not None:
+            model.load_state_dict(state["model"])
+            made.load_state_dict(state["optimizer"])
+        for step in steps:
+            if 0 < warm == step:
+                stack.enter_context(within())
+            model.zero_grad()
+            loss(step).backward()
+            if nudge is not None and step >= warm:
+                _nudge_(model, generator)
             made.step()
     return flat(model), made
+
+
+def _nudge_(model: nn.Module, generator: torch.Generator) -> None:
+    for p in model.parameters():
+        up = torch.randint(2, p.shape, generator=generator, dtype=torch.bool)
+        p.grad = torch.nextafter(p.grad, torch.where(up, math.inf, -math.inf).to(p.dtype))
 
 
 def distance(a: Tensor, b: Tensor, name: str) -> float:
