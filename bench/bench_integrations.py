@@ -35,7 +35,7 @@ VECTORS = [(WIDTH,), (4 * WIDTH,)]
 class Peer(NamedTuple):
     module: str  # of shampoo_kernels.integrations, and of the peer unless it is torch
     make: Callable  # make(package, parameters)
-    exact: dict = {}  # noqa: RUF012 - options of the float64 run that errors are measured against
+    exact: dict = {}  # options of the float64 run that errors are measured against
 
 
 def _named(name: str, package, parameters, **options):
