@@ -2,10 +2,10 @@
 
 Random gradients, another one in every step, on the matrices and vectors of a small GPT; roots and
 bases are computed anew once in the ten. The errors are of the way that the parameters went in the
-first ten steps, against the peer's own formula in float64: for DASH with its iteration run to the
-end, for ScalableShampoo and Muon with ours, which the tests hold to that. HeavyBall runs without
-torch.compile. Muon multiplies in bfloat16: where the CPU does that itself, ours in float32 is
-slower.
+first ten steps, against the peer's own formula in float64: for DASH, ScalableShampoo and Muon,
+which stop short of theirs, with ours in them, which the tests hold to it. SOAP's begin with
+eigenvectors that rounding decides, with ours or without. HeavyBall runs without torch.compile. Muon
+multiplies in bfloat16: where the CPU does that itself, ours in float32 is slower.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from shampoo_kernels import integrations, orthogonal_iteration
 from shampoo_kernels.integrations._patching import UnsupportedPeer
 
 CYCLE = 10
-WIDTH = 96 if QUICK else 256
+WIDTH = 96 if QUICK else 160
 MATRICES = [
     (256, WIDTH), (3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH),
 ]  # fmt: skip
@@ -40,7 +40,7 @@ EVERY = {"precondition_frequency": CYCLE}
 SCALABLE = {"start_preconditioning_step": 1, "preconditioning_compute_steps": CYCLE}
 FLOAT64 = {"storage_dtype": "float64"}
 PEERS = {
-    "pytorch_optimizer DASH": Peer("pytorch_optimizer", "DASH", EVERY, {"newton_steps": 60}),
+    "pytorch_optimizer DASH": Peer("pytorch_optimizer", "DASH", EVERY, inexact=True),
     "the same by eigh": Peer("pytorch_optimizer", "DASH", EVERY | {"inverse_root_method": "eigh"}),
     "pytorch_optimizer ScalableShampoo": Peer(
         "pytorch_optimizer", "ScalableShampoo", SCALABLE, inexact=True
@@ -97,7 +97,7 @@ class Run:
         return torch.cat([x.flatten() for x in moved])
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", list(PEERS)[::3] if QUICK else PEERS)
 def bench_integrations(versus, name):
     peer = PEERS[name]
     integration, package = package_of(peer.module)
