@@ -115,16 +115,16 @@ $(VENV)/.demo: $(VENV)/.torch $(BUILD_INPUTS) build/switches
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	@$(EDITABLE) '.[demo,test]'
+	@$(EDITABLE) '.[demo,test,peers]'
 	@$(SAME_TORCH)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@$(EDITABLE) '.[demo,test,bench]'
+	@$(EDITABLE) '.[demo,test,peers,bench]'
 	@$(SAME_TORCH)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	@$(EDITABLE) '.[demo,test,dev]'
+	@$(EDITABLE) '.[demo,test,peers,dev]'
 	@$(SAME_TORCH)
 	@touch $@
