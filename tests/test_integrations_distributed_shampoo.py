@@ -1,0 +1,385 @@
+"""Distributed Shampoo on these kernels agrees with itself; from SHAMPOO_KERNELS_PEER_... ."""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import pickle
+from fractions import Fraction
+
+import pytest
+import torch
+from checkouts import checkout
+from peer_models import MODELS, build, distance, train
+
+checkout("distributed_shampoo")
+peer = pytest.importorskip("distributed_shampoo")
+
+from distributed_shampoo.preconditioner import matrix_functions  # noqa: E402
+from distributed_shampoo.preconditioner import matrix_functions_types as types  # noqa: E402
+from distributed_shampoo.preconditioner import shampoo_preconditioner_list as lists  # noqa: E402
+
+from shampoo_kernels.integrations import distributed_shampoo as ours  # noqa: E402
+from shampoo_kernels.integrations._patching import UnsupportedPeer  # noqa: E402
+
+EIGEN = types.EigenConfig()
+AFTER = types.EigenConfig(
+    rank_deficient_stability_config=types.PerturbationConfig(perturb_before_computation=False)
+)
+# Run to the end, so that the peer's own result is good to float64.
+NEWTON = types.CoupledNewtonConfig(tolerance=1e-13)
+HIGHER = types.CoupledHigherOrderConfig(rel_epsilon=0.0, abs_epsilon=1e-6, tolerance=1e-20)
+RELATIVE = types.CoupledHigherOrderConfig(rel_epsilon=1e-5, abs_epsilon=0.0, tolerance=1e-20)
+
+
+def maker(config=EIGEN, kind=peer.RootInvShampooPreconditionerConfig, dtype=torch.float64, **rest):
+    """A function of parameters that makes the peer's optimizer, small blocks and all."""
+    options = {
+        "lr": 1e-2, "betas": (0.9, 0.99), "epsilon": 1e-6, "max_preconditioner_dim": 20,
+        "precondition_frequency": 3, "start_preconditioning_step": 3,
+        "grafting_config": peer.AdamPreconditionerConfig(beta2=0.99, epsilon=1e-8),
+    }  # fmt: skip
+    options |= {name: rest.pop(name) for name in list(rest) if name in options}
+    distributed = rest.pop("distributed_config", None)
+    if distributed is not None:
+        options["distributed_config"] = distributed
+    if issubclass(kind, peer.RootInvShampooPreconditionerConfig):
+        rest = {"inv_factor_matrix_dtype": dtype} | rest
+    rest = {"factor_matrix_dtype": dtype} | rest
+    preconditioner = kind(amortized_computation_config=config, **rest)
+    return lambda parameters: peer.DistributedShampoo(
+        parameters, preconditioner_config=preconditioner, **options
+    )
+
+
+def both(model, make, **options):
+    """The parameters of the peer alone, and on these kernels."""
+    alone, _ = train(model, make, **options)
+    with ours.enable():
+        return alone, train(model, make, **options)[0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("config", [EIGEN, AFTER, NEWTON, HIGHER, RELATIVE], ids=[
+    "eigen", "eigen-after", "newton", "higher-order", "higher-order-relative"])  # fmt: skip
+def test_parameters_agree(model, config):
+    alone, on_kernels = both(model, maker(config))
+    assert distance(on_kernels, alone) < 1e-9
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_agree_in_float32(model):
+    make = maker(dtype=torch.float32)
+    alone, on_kernels = both(model, make, dtype=torch.float32)
+    nudged, _ = train(model, make, dtype=torch.float32, nudge=True)
+    assert distance(on_kernels, alone) <= 5 * distance(nudged, alone)
+
+
+KL = peer.RootInvKLShampooPreconditionerConfig
+PLAIN = peer.RootInvShampooPreconditionerConfig
+EIGENDECOMPOSED = peer.EigendecomposedShampooPreconditionerConfig
+CORRECTED = peer.EigenvalueCorrectedShampooPreconditionerConfig
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": KL},
+        {"use_symmetric_packing": False},
+        {"use_trace_scaling": True},
+        {"use_trace_scaling": True, "trace_scaling_exponent": 0.25},
+        {"inverse_exponent_override": {2: {0: 0.5, 1: 0.5}, 1: 1.0, 4: {0: 0.0}}},
+        {"inverse_exponent_override": {2: 0.3}},  # a root that no iteration has
+        {"drop_weighting_factor_on_gsquare": True},
+        {"betas": (0.9, 1.0)},
+        {"epsilon": 1e-12},
+        {"kind": EIGENDECOMPOSED, "config": types.EighEigendecompositionConfig()},
+        {"kind": CORRECTED, "config": types.EighEigendecompositionConfig()},
+        {"kind": CORRECTED, "config": types.QREigendecompositionConfig()},
+    ],
+    ids=str,
+)
+def test_every_option_agrees(options):
+    model = "conv" if "inverse_exponent_override" in options else "mlp"
+    alone, on_kernels = both(model, maker(**options))
+    assert distance(on_kernels, alone) < 1e-9
+
+
+def test_the_pseudo_inverse_agrees():
+    stability = types.PseudoInverseConfig(rank_rtol=1e-6)
+    config = types.EigenConfig(rank_deficient_stability_config=stability)
+    alone, on_kernels = both("mlp", maker(config, epsilon=0.0))
+    assert distance(on_kernels, alone) < 1e-9
+
+
+def test_forty_roots_are_four_calls(monkeypatch):
+    calls, original = [], ours.inverse_root
+    monkeypatch.setattr(ours, "inverse_root", lambda *a, **k: calls.append(1) or original(*a, **k))
+    single, function = [], lists.matrix_inverse_root
+    monkeypatch.setattr(
+        lists, "matrix_inverse_root", lambda *a, **k: single.append(1) or function(*a, **k)
+    )
+    make = maker(precondition_frequency=1, start_preconditioning_step=1)
+    train("mlp", make, steps=1)
+    alone = len(single)
+    with ours.enable():
+        train("mlp", make, steps=1)
+    assert (alone, len(single) - alone, len(calls)) == (40, 0, 4)
+
+
+def test_one_process_of_a_distributed_run(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        make = maker(distributed_config=peer.DDPDistributedConfig())
+        alone, on_kernels = both("mlp", make)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert distance(on_kernels, alone) < 1e-9
+
+
+def test_the_state_is_the_peers_and_goes_on_from_either():
+    make = maker()
+    _, alone = train("mlp", make, steps=7)
+    with ours.enable():
+        _, on_kernels = train("mlp", make, steps=7)
+    states = [optimizer.state_dict() for optimizer in (alone, on_kernels)]
+    leaves = [torch.utils._pytree.tree_flatten(state) for state in states]
+    assert str(leaves[0][1]) == str(leaves[1][1])
+    tensors = [[x for x in given[0] if isinstance(x, torch.Tensor)] for given in leaves]
+    for ours_, theirs in zip(*tensors, strict=True):
+        assert (ours_.shape, ours_.dtype) == (theirs.shape, theirs.dtype)
+        torch.testing.assert_close(ours_, theirs, rtol=1e-8, atol=1e-9)
+    assert pickle.loads(pickle.dumps(on_kernels.param_groups[0]["preconditioner_config"]))
+
+
+# Failures
+
+
+def outcome(make, spoil, steps=12):
+    """(step, exception) at which a run ends; spoil(parameters, k) changes gradients."""
+    model, loss = build("mlp", torch.float32)
+    optimizer = make(list(model.parameters()))
+    for k in range(steps):
+        optimizer.zero_grad()
+        loss(k).backward()
+        spoil(list(model.parameters()), k)
+        try:
+            optimizer.step()
+        except Exception as error:
+            return k, type(error).__name__
+    return steps, None
+
+
+def nan_at_five(parameters, k):
+    if k == 5:
+        parameters[2].grad[3, 3] = torch.nan
+
+
+def no_gradient_of_one(parameters, k):
+    parameters[2].grad.zero_()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("config", "spoil", "expected"),
+    [
+        (EIGEN, nan_at_five, "PreconditionerValueError"),
+        # an all-zero factor has no inverse root: tolerated three times in a row
+        (types.CoupledHigherOrderConfig(rel_epsilon=0.0, abs_epsilon=0.0), no_gradient_of_one,
+         "ValueError"),
+        # a factor of rank one and 1e-12: the peer's iteration overflows
+        (types.CoupledNewtonConfig(), lambda *_: None, "PreconditionerValueError"),
+    ],
+    ids=["nan", "tolerated", "overflow"],
+)  # fmt: skip
+def test_failures_are_the_peers(config, spoil, expected):
+    frequency = {"precondition_frequency": 1, "start_preconditioning_step": 1, "epsilon": 1e-12}
+    make = maker(config, dtype=torch.float32, **frequency)
+    alone = outcome(make, spoil)
+    with ours.enable():
+        on_kernels = outcome(make, spoil)
+    assert alone == on_kernels
+    assert alone[1] == expected
+    if expected == "ValueError":
+        assert alone[0] == 3
+
+
+# The accumulation
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    def factors(enabled):
+        # A product of two bfloat16 numbers is exact in float32, and the peer rounds sums to 16 bits
+        parameter = torch.zeros(8, 16, dtype=torch.bfloat16, requires_grad=True)
+        make = maker(dtype=torch.float32, betas=(0.9, 1.0))
+        with ours.enable() if enabled else contextlib.nullcontext():
+            optimizer = make([parameter])
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        block = next(iter(optimizer.state[parameter].values()))["shampoo"]
+        return block.factor_matrices[0].double()
+
+    gradient = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    full = gradient.double() @ gradient.double().mT
+    truth = full[*torch.triu_indices(8, 8)]
+    assert (factors(True) - truth).abs().max() <= 16 * 2.0**-24 * truth.abs().max()
+    assert (factors(False) - truth).abs().max() > 1e-4 * truth.abs().max()
+
+
+# Roots of single matrices, and the config of our own
+
+
+def kernel_config(**options):
+    return ours.KernelRootInvConfig(**options)
+
+
+def spectrum(n, condition, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
+    return Q * torch.logspace(0, -condition, n, dtype=torch.float64) @ Q.mT
+
+
+def truth(A, root, shift):
+    """Of the damped matrix as float32 holds it: its rounding is nobody's method's."""
+    values, vectors = torch.linalg.eigh((A + shift * torch.eye(len(A))).double())
+    return vectors * values ** (-1 / float(root)) @ vectors.mT
+
+
+def tridiagonal(n, alpha, beta, ends):
+    A = torch.diag(torch.full((n,), alpha))
+    A += torch.diag(torch.full((n - 1,), beta), 1) + torch.diag(torch.full((n - 1,), beta), -1)
+    A[0, 0] += beta if ends else -beta
+    A[-1, -1] += beta if ends else 0
+    return A
+
+
+@pytest.mark.parametrize("config", [EIGEN, types.CoupledNewtonConfig(), HIGHER], ids=str)
+@pytest.mark.parametrize("root", [2, 4])
+@pytest.mark.parametrize("condition", [2, 4, 5])
+def test_roots_are_as_close_to_the_truth_as_the_peers(config, root, condition):
+    A = torch.stack([spectrum(32, condition, seed) for seed in range(4)]).float()
+    epsilon = 0.0 if config is HIGHER else 1e-6
+    shift = 1e-6
+    call = ours._call(config, Fraction(root), epsilon, A.dtype, 32)
+    found, solved = ours._root(A, Fraction(root), call)
+    assert solved.all()
+    theirs = torch.stack(
+        [matrix_functions.matrix_inverse_root(a, Fraction(root), config, epsilon) for a in A]
+    )
+    exact = torch.stack([truth(a, root, shift) for a in A])
+    errors = [((x - exact).norm() / exact.norm()).item() for x in (found.double(), theirs.double())]
+    # Rounding alone gives u sqrt(condition) sqrt(n), of which either may be at the lucky end.
+    assert errors[0] <= max(errors[1], 4 * 2.0**-24 * 10 ** (condition / 2) * 32**0.5)
+
+
+EASY = [
+    (torch.diag(torch.tensor([1.0, 4.0])), torch.diag(torch.tensor([1.0, 0.5])), 2),
+    (torch.tensor([[1195.0, -944, -224], [-944, 746, 177], [-224, 177, 42]]),
+     torch.tensor([[1.0, 1, 1], [1, 2, -3], [1, -3, 18]]), 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("A", "expected", "root"), EASY, ids=["diagonal", "3x3"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_known_roots(A, expected, root, power):
+    with ours.enable():
+        found = lists.matrix_inverse_root(
+            A, Fraction(root, power), kernel_config(ridge=0.0, method="eigh")
+        )
+    torch.testing.assert_close(
+        found, torch.linalg.matrix_power(expected, power), rtol=1e-2, atol=0.05
+    )
+
+
+@pytest.mark.parametrize("n", [10, 100])
+@pytest.mark.parametrize("root", [1, 2, 4, 8])
+@pytest.mark.parametrize("method", ["newton", "eigh"])
+def test_the_identity(n, root, method):
+    with ours.enable():
+        found = matrix_functions.matrix_inverse_root(
+            torch.eye(n), Fraction(root), kernel_config(ridge=1e-7, method=method)
+        )
+    assert (found - torch.eye(n)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("n", [10, 100])
+@pytest.mark.parametrize("root", [1, 2, 4])
+def test_tridiagonal_matrices(n, ends, root):
+    """X^(-root) is A again, for the sizes and ratios of the peer's tests, its limit included."""
+    sizes = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+    with ours.enable():
+        for alpha, beta in ((a, b) for a in sizes for b in sizes if 2 * b <= a):
+            A = tridiagonal(n, alpha, beta, ends)
+            X = matrix_functions.matrix_inverse_root(
+                A, Fraction(root), kernel_config(ridge=0.0, method="eigh")
+            ).double()
+            again = torch.linalg.inv(torch.linalg.matrix_power(X, root))
+            scale = max(1.0, torch.linalg.matrix_norm(A, torch.inf).item())
+            assert torch.linalg.matrix_norm(again - A, torch.inf) <= 1e-4 * scale
+
+
+def test_what_the_kernel_config_refuses():
+    config = kernel_config()
+    with ours.enable():
+        for A, root, error in (
+            (torch.ones(2), 2, ValueError),
+            (torch.ones(2, 3), 2, ValueError),
+            (torch.eye(2), -2, ValueError),
+            (torch.full((2, 2), torch.inf), 2, ArithmeticError),
+            (torch.zeros(2, 2), 2, ArithmeticError),
+            (-torch.eye(2), 2, ArithmeticError),
+        ):
+            with pytest.raises(error):
+                matrix_functions.matrix_inverse_root(A, Fraction(root), config)
+
+
+@pytest.mark.parametrize("kind", [PLAIN, KL])
+def test_the_kernel_config_trains_where_float32_is_rank_deficient(kind):
+    config = kernel_config(ridge=1e-6)
+    make = maker(config, kind, torch.float32, epsilon=1e-12)
+    with ours.enable():
+        found, optimizer = train("mlp", make, dtype=torch.float32)
+        assert found.isfinite().all()
+        buffer = io.BytesIO()
+        torch.save(copy.deepcopy(optimizer.state_dict()), buffer)
+    wide = maker(config, kind, torch.float64, epsilon=1e-12)
+    with ours.enable():
+        exact, _ = train("mlp", wide)
+        nudged, _ = train("mlp", make, dtype=torch.float32, nudge=True)
+    assert distance(found, exact) <= 5 * max(distance(nudged, found), 2.0**-24 * 20)
+
+
+# Switching
+
+
+def namespace():
+    owners = [lists, matrix_functions, lists.BaseShampooPreconditionerList,
+              lists.RootInvShampooPreconditionerList]  # fmt: skip
+    return [dict(vars(owner)) for owner in owners]
+
+
+def test_switched_off_nothing_is_left():
+    before = namespace()
+    with ours.enable(), ours.enable():
+        assert namespace() != before
+    assert namespace() == before
+    with pytest.raises(NotImplementedError):
+        matrix_functions.matrix_inverse_root(torch.eye(2), Fraction(2), kernel_config())
+
+
+@pytest.mark.parametrize("what", ["field", "signature", "name"])
+def test_another_version_is_refused(monkeypatch, what):
+    before = namespace()
+    with monkeypatch.context() as patch:
+        if what == "field":
+            block = dataclasses.make_dataclass("Block", ["factor_matrices"])
+            patch.setattr(lists, "RootInvShampooKroneckerFactorsUnwrapped", block)
+        elif what == "signature":
+            patch.setattr(lists, "matrix_inverse_root", lambda A, p: A)
+        else:
+            patch.delattr(lists.BaseShampooPreconditionerList, "_update_factor_matrices")
+        with pytest.raises(UnsupportedPeer, match="^distributed_shampoo: "):
+            ours.enable()
+    assert namespace() == before
