@@ -418,6 +418,6 @@ def test_another_version_is_refused(monkeypatch, what):
             patch.setattr(lists, "matrix_inverse_root", lambda A, p: A)
         else:
             patch.delattr(lists.BaseShampooPreconditionerList, "_update_factor_matrices")
-        with pytest.raises(UnsupportedPeer, match="^distributed_shampoo: "):
+        with pytest.raises(UnsupportedPeer, match=r"^distributed_shampoo: "):
             ours.enable()
     assert namespace() == before
