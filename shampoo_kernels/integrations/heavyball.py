@@ -68,18 +68,18 @@ def _kl_statistics(original: _Function) -> _Function:
         *,
         heavy: bool = False,
     ) -> None:
-        both = len(GG) == len(Q) == 2 and all(x is not None for x in (*GG, *Q))
-        if grad.ndim != 3 or not both or not _plain(grad, *GG, *Q):
+        statistics, bases = ([x for x in kept if x is not None] for kept in (GG, Q))
+        both = len(GG) == len(Q) == len(statistics) == len(bases) == 2
+        if grad.ndim != 3 or not both or not _plain(grad, *statistics, *bases):
             original(grad, GG, Q, max_precond_dim, precondition_1d, beta, eps, heavy=heavy)
             return
-        factors = [
-            _whitening(statistic, basis, eps, heavy) for statistic, basis in zip(GG, Q, strict=True)
-        ]
+        left, right = (
+            _whitening(*pair, eps, heavy) for pair in zip(statistics, bases, strict=True)
+        )
         # sum_k (G q_k) (G q_k)ᵀ / (n λ_k) on the left, where q and λ are the right side's.
-        right = precondition(grad, None, factors[1])[0]
-        left = precondition(grad, factors[0].mT, None)[0]
-        for statistic, weighted, side in zip(GG, (right, left), _SIDES, strict=True):
-            gram_ema_(statistic, weighted, beta, 1 - beta, side=side)
+        weighted = precondition(grad, None, right)[0], precondition(grad, left.mT, None)[0]
+        for statistic, part, side in zip(statistics, weighted, _SIDES, strict=True):
+            gram_ema_(statistic, part, beta, 1 - beta, side=side)
 
     return update_ggt_kl
 

@@ -40,15 +40,17 @@ from shampoo_kernels.ops.precondition import precondition
 
 VERSIONS = ("4.1.0",)
 _PACKAGE = "pytorch_optimizer.optimizer"
+_NEWTON_LIMIT = 256  # on a CPU eigh is faster above, as method="auto" knows
 _Function = Callable[..., Any]
 
 
 def _dash_root(original: _Function) -> _Function:
     def compute_inverse_root(self: Any, matrix: Tensor, root: int, group: dict) -> Tensor:
-        eps = group["matrix_eps"]
-        if group["inverse_root_method"] == "eigh":
-            return eigh_root(add_to_diagonal(matrix, 2 * eps), root)  # added twice there
-        return newton_root(add_to_diagonal(matrix, eps), root)
+        twice = group["inverse_root_method"] == "eigh"  # so does the peer
+        damped = add_to_diagonal(matrix, group["matrix_eps"] * (2 if twice else 1))
+        if twice or (matrix.device.type == "cpu" and matrix.shape[-1] > _NEWTON_LIMIT):
+            return eigh_root(damped, root)
+        return newton_root(damped, root)
 
     return compute_inverse_root
 
