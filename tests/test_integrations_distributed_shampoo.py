@@ -1,17 +1,15 @@
 """Distributed Shampoo: on these kernels it does what it does alone."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
-import io
 import pickle
 from fractions import Fraction
 
 import pytest
 import torch
 from checkouts import checkout
-from peer_models import MODELS, build, distance, train
+from peers import MODELS, check_agreement, check_state, distance, run, task, tolerance
 
 checkout("distributed_shampoo")
 peer = pytest.importorskip("distributed_shampoo")
@@ -53,27 +51,26 @@ def maker(config=EIGEN, kind=peer.RootInvShampooPreconditionerConfig, dtype=torc
     )
 
 
-def both(model, make, **options):
-    """The parameters of the peer alone, and on these kernels."""
-    alone, _ = train(model, make, **options)
-    with ours.enable():
-        return alone, train(model, make, **options)[0]
-
-
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("config", [EIGEN, AFTER, NEWTON, HIGHER, RELATIVE], ids=[
     "eigen", "eigen-after", "newton", "higher-order", "higher-order-relative"])  # fmt: skip
 def test_parameters_agree(model, config):
-    alone, on_kernels = both(model, maker(config))
-    assert distance(on_kernels, alone) < 1e-9
+    check_agreement(ours.INTEGRATION, maker(config), model, torch.float64)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_parameters_agree_in_float32(model):
-    make = maker(dtype=torch.float32)
-    alone, on_kernels = both(model, make, dtype=torch.float32)
-    nudged, _ = train(model, make, dtype=torch.float32, nudge=True)
-    assert distance(on_kernels, alone) <= 5 * distance(nudged, alone)
+    check_agreement(ours.INTEGRATION, maker(dtype=torch.float32), model, torch.float32)
+
+
+def check(make, model="mlp"):
+    """As check_agreement in float64; where a null space is all that is left of the factors, the
+    peer amplifies its own rounding, and that is the measure."""
+    alone, _ = run(make, model, torch.float64)
+    on_kernels, _ = run(make, model, torch.float64, within=ours.enable())
+    nudged, _ = run(make, model, torch.float64, nudge=1)
+    allowed = max(1e-9, 5 * distance(nudged, alone, model))
+    assert distance(on_kernels, alone, model) <= allowed
 
 
 KL = peer.RootInvKLShampooPreconditionerConfig
@@ -101,11 +98,7 @@ CORRECTED = peer.EigenvalueCorrectedShampooPreconditionerConfig
     ids=str,
 )
 def test_every_option_agrees(options):
-    model, make = "conv" if "inverse_exponent_override" in options else "mlp", maker(**options)
-    alone, on_kernels = both(model, make)
-    # Where a null space is all that is left of the factors, the peer amplifies its own rounding.
-    nudged, _ = train(model, make, nudge=True)
-    assert distance(on_kernels, alone) <= max(1e-9, 5 * distance(nudged, alone))
+    check(maker(**options), "conv" if "inverse_exponent_override" in options else "mlp")
 
 
 @pytest.mark.parametrize("kind", [PLAIN, EIGENDECOMPOSED, CORRECTED])
@@ -139,8 +132,7 @@ def test_factors_agree(kind, packed):
 def test_the_pseudo_inverse_agrees():
     stability = types.PseudoInverseConfig(rank_rtol=1e-6)
     config = types.EigenConfig(rank_deficient_stability_config=stability)
-    alone, on_kernels = both("mlp", maker(config, epsilon=0.0))
-    assert distance(on_kernels, alone) < 1e-9
+    check(maker(config, epsilon=0.0))
 
 
 def test_forty_roots_are_four_calls(monkeypatch):
@@ -157,10 +149,20 @@ def test_forty_roots_are_four_calls(monkeypatch):
 
     calls, single = counted(ours, "inverse_root"), counted(lists, "matrix_inverse_root")
     make = maker(precondition_frequency=1, start_preconditioning_step=1)
-    train("mlp", make, steps=1)
+
+    def step():
+        generator = torch.Generator().manual_seed(0)
+        sizes = (24, 40, 40, 40, 24)
+        model = torch.nn.Sequential(*map(torch.nn.Linear, sizes, sizes[1:])).double()
+        optimizer = make(list(model.parameters()))
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        optimizer.step()
+
+    step()
     alone = len(single)
     with ours.enable():
-        train("mlp", make, steps=1)
+        step()
     assert (alone, len(single) - alone, len(calls)) == (40, 0, 4)
 
 
@@ -169,26 +171,13 @@ def test_one_process_of_a_distributed_run(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        make = maker(distributed_config=peer.DDPDistributedConfig())
-        alone, on_kernels = both("mlp", make)
+        check(maker(distributed_config=peer.DDPDistributedConfig()))
     finally:
         torch.distributed.destroy_process_group()
-    assert distance(on_kernels, alone) < 1e-9
 
 
 def test_the_state_is_the_peers_and_goes_on_from_either():
-    make = maker()
-    _, alone = train("mlp", make, steps=7)
-    with ours.enable():
-        _, on_kernels = train("mlp", make, steps=7)
-    states = [optimizer.state_dict() for optimizer in (alone, on_kernels)]
-    leaves = [torch.utils._pytree.tree_flatten(state) for state in states]
-    assert str(leaves[0][1]) == str(leaves[1][1])
-    tensors = [[x for x in given[0] if isinstance(x, torch.Tensor)] for given in leaves]
-    for ours_, theirs in zip(*tensors, strict=True):
-        assert (ours_.shape, ours_.dtype) == (theirs.shape, theirs.dtype)
-        torch.testing.assert_close(ours_, theirs, rtol=1e-8, atol=1e-9)
-    assert pickle.loads(pickle.dumps(on_kernels.param_groups[0]["preconditioner_config"]))
+    check_state(ours.INTEGRATION, maker(), "mlp")
 
 
 # Failures
@@ -196,7 +185,7 @@ def test_the_state_is_the_peers_and_goes_on_from_either():
 
 def outcome(make, spoil, steps=12):
     """(step, exception) at which a run ends; spoil(parameters, k) changes gradients."""
-    model, loss = build("mlp", torch.float32)
+    model, loss = task("mlp", torch.float32)
     optimizer = make(list(model.parameters()))
     for k in range(steps):
         optimizer.zero_grad()
@@ -377,16 +366,14 @@ def test_what_the_kernel_config_refuses():
 def test_the_kernel_config_trains_where_float32_is_rank_deficient(kind):
     config = kernel_config(ridge=1e-6)
     make = maker(config, kind, torch.float32, epsilon=1e-12)
-    with ours.enable():
-        found, optimizer = train("mlp", make, dtype=torch.float32)
-        assert found.isfinite().all()
-        buffer = io.BytesIO()
-        torch.save(copy.deepcopy(optimizer.state_dict()), buffer)
+    found, optimizer = run(make, "mlp", torch.float32, within=ours.enable())
+    again = pickle.loads(pickle.dumps(optimizer.param_groups[0]["preconditioner_config"]))
+    assert again.amortized_computation_config == config
     wide = maker(config, kind, torch.float64, epsilon=1e-12)
+    exact, _ = run(wide, "mlp", torch.float64, within=ours.enable())
     with ours.enable():
-        exact, _ = train("mlp", wide)
-        nudged, _ = train("mlp", make, dtype=torch.float32, nudge=True)
-    assert distance(found, exact) <= 5 * max(distance(nudged, found), 2.0**-24 * 20)
+        allowed = tolerance(make, "mlp", torch.float32, found)
+    assert distance(found, exact, "mlp") <= allowed
 
 
 # Switching
