@@ -38,9 +38,10 @@ from shampoo_kernels.integrations._patching import (
     UnsupportedPeer,
 )
 from shampoo_kernels.integrations._stacks import MASTERS, add_to_diagonal
+from shampoo_kernels.integrations._versions import check_if_installed
 from shampoo_kernels.ops.inverse_root import RootStatus, inverse_root
 
-COMMITS = ("f606606",)  # of 2026-08-05, torch-shampoo 1.0.0
+VERSIONS = ("1.0.0",)  # of torch-shampoo, at commit f606606
 _PACKAGE = "distributed_shampoo.preconditioner"
 _Function = Callable[..., Any]
 # The smallest eigenvalue, relative to the bound, that iterations are made for: the peer's damping
@@ -130,7 +131,7 @@ def _check_fields() -> None:
     block = lists.RootInvShampooKroneckerFactorsUnwrapped
     if missing := needed - {field.name for field in dataclasses.fields(block)}:
         raise UnsupportedPeer(
-            f"distributed_shampoo: tested with commit {COMMITS[0]}; {block.__name__} here has no "
+            f"distributed_shampoo: tested with commit f606606; {block.__name__} here has no "
             f"{', '.join(sorted(missing))}"
         )
 
@@ -203,7 +204,7 @@ def _alone(original: _Function) -> _Function:
     expected = ["A", "root", "root_inv_config", "epsilon"]
     if (found := list(inspect.signature(original).parameters)) != expected:
         raise UnsupportedPeer(
-            f"distributed_shampoo: tested with commit {COMMITS[0]}; matrix_inverse_root must take "
+            f"distributed_shampoo: tested with commit f606606; matrix_inverse_root must take "
             f"{expected}, it takes {found}"
         )
 
@@ -244,6 +245,8 @@ INTEGRATION = Integration(
 
 def enable(*, any_version: bool = False) -> Enabled:
     """Put these kernels into Distributed Shampoo, in this process: see `Integration.enable`."""
+    if not any_version:
+        check_if_installed("distributed_shampoo", "torch-shampoo", VERSIONS)
     return INTEGRATION.enable(any_version=any_version)
 
 
