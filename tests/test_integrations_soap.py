@@ -30,7 +30,7 @@ def maker(**options):
         {"max_precond_dim": 20},
         {"precondition_1d": True},
         {"normalize_grads": True, "correct_bias": False, "shampoo_beta": 0.8},
-        {"merge_dims": True, "data_format": "channels_last"},
+        {"merge_dims": True, "max_precond_dim": 64, "data_format": "channels_last"},
     ],
     ids=str,
 )

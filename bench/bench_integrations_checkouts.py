@@ -1,0 +1,105 @@
+"""As bench_integrations, for peers that come from a checkout of their repository.
+
+Each is found by its variable, SHAMPOO_KERNELS_PEER_DISTRIBUTED_SHAMPOO and so on, and skipped
+without. Errors are against the peer's own float64 run; SOAP has none of its own, and its errors
+would be those of a null space.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+
+import pytest
+import torch
+from bench_integrations import CYCLE, MATRICES, VECTORS, Run
+
+from shampoo_kernels import inverse_root
+
+
+def checkout(peer: str) -> None:
+    """Make the peer importable, or skip."""
+    variable = f"SHAMPOO_KERNELS_PEER_{peer.upper()}"
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} names no checkout of {peer}")
+    if os.environ[variable] not in sys.path:
+        sys.path.append(os.environ[variable])
+
+
+def distributed_shampoo(package, parameters, config=None, block=128):
+    dtype = parameters[0].dtype
+    return package.DistributedShampoo(
+        parameters,
+        betas=(0.9, 0.95),
+        epsilon=1e-6,
+        max_preconditioner_dim=block,
+        precondition_frequency=CYCLE,
+        start_preconditioning_step=CYCLE,
+        grafting_config=package.AdamPreconditionerConfig(beta2=0.95, epsilon=1e-8),
+        preconditioner_config=package.RootInvShampooPreconditionerConfig(
+            amortized_computation_config=config or package.EigenConfig(),
+            factor_matrix_dtype=dtype,
+            inv_factor_matrix_dtype=dtype,
+        ),
+    )
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("solver", ["EigenConfig", "CoupledNewtonConfig"])
+def bench_distributed_shampoo(versus, solver, block):
+    checkout("distributed_shampoo")
+    package = pytest.importorskip("distributed_shampoo")
+    from shampoo_kernels.integrations import distributed_shampoo as integration
+
+    make = functools.partial(distributed_shampoo, config=getattr(package, solver)(), block=block)
+    start = functools.partial(Run, make, package, MATRICES)  # rank-one factors fail in Newton
+    alone, ours = start(contextlib.nullcontext), start(integration.enable)
+    truth = start(contextlib.nullcontext, dtype=torch.float64).way()
+    errors = {
+        which: (run.way() - truth).norm() / truth.norm()
+        for which, run in (("ours", ours), ("the peer alone", alone))
+    }
+    case = f"Distributed Shampoo, {solver}, blocks of {block}, {CYCLE} steps"
+    versus(ours, {"the peer alone": alone}, case=case, errors=errors)
+
+
+def bench_soap(versus):
+    checkout("soap")
+    package = pytest.importorskip("soap")
+    from shampoo_kernels.integrations import soap as integration
+
+    def make(package, parameters):
+        return package.SOAP(parameters, precondition_frequency=CYCLE)
+
+    start = functools.partial(Run, make, package, MATRICES + VECTORS)
+    alone, ours = start(contextlib.nullcontext), start(integration.enable)
+    versus(ours, {"the peer alone": alone}, case=f"SOAP, {CYCLE} steps")
+
+
+@pytest.mark.parametrize("n", [64, 256])
+def bench_scaled_cans(versus, n):
+    """The function that NVIDIA's package gives its users, loaded from its one file."""
+    import importlib.util
+    from pathlib import Path
+
+    checkout("emerging_optimizers")
+    folder = Path(os.environ["SHAMPOO_KERNELS_PEER_EMERGING_OPTIMIZERS"])
+    file = folder / "emerging_optimizers/legacy_soap/matrix_root_inverse_utils.py"
+    spec = importlib.util.spec_from_file_location("scaled_cans", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    Q = torch.linalg.qr(torch.randn(8, n, n, dtype=torch.float64)).Q
+    A = (Q * torch.logspace(0, -4, n, dtype=torch.float64) @ Q.mT).float()
+    values, vectors = torch.linalg.eigh(A.double())
+    truth = vectors * values.rsqrt()[:, None] @ vectors.mT
+
+    def ours():
+        return inverse_root(A, 2, ridge=0, design_floor=1e-7, method="newton").root
+
+    def alone():
+        return module.mat_root_inv_via_scaled_cans(A)
+
+    errors = {name: (f().double() - truth).norm() / truth.norm()
+              for name, f in (("ours", ours), ("the peer alone", alone))}  # fmt: skip
+    versus(ours, {"the peer alone": alone}, case=f"scaled CANS, p = 2, 8 of {n}", errors=errors)
