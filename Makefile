@@ -115,22 +115,22 @@ $(VENV)/.demo: $(VENV)/.torch $(BUILD_INPUTS) build/switches
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	@$(EDITABLE) '.[demo,test]'
+	@$(EDITABLE) '.[demo,test,peers]'
 	@$(SAME_TORCH)
 	@touch $@
 
 # What only the slow tests use: they skip, saying so, without it.
 $(VENV)/.all: $(VENV)/.test
-	@$(EDITABLE) '.[demo,test,all]'
+	@$(EDITABLE) '.[demo,test,peers,all]'
 	@$(SAME_TORCH)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@$(EDITABLE) '.[demo,test,bench]'
+	@$(EDITABLE) '.[demo,test,peers,bench]'
 	@$(SAME_TORCH)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	@$(EDITABLE) '.[demo,test,dev]'
+	@$(EDITABLE) '.[demo,test,peers,dev]'
 	@$(SAME_TORCH)
 	@touch $@
