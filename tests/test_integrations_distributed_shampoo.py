@@ -59,8 +59,10 @@ def test_parameters_agree(model, config):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_parameters_agree_in_float32(model):
-    check_agreement(ours.INTEGRATION, maker(dtype=torch.float32), model, torch.float32)
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-12])
+def test_parameters_agree_in_float32(model, epsilon):
+    make = maker(dtype=torch.float32, epsilon=epsilon)
+    check_agreement(ours.INTEGRATION, make, model, torch.float32)
 
 
 def check(make, model="mlp"):
@@ -230,6 +232,16 @@ def test_failures_are_the_peers(config, spoil, expected):
     assert alone[1] == expected
     if expected == "ValueError":
         assert alone[0] == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_failures_of_the_kernel_config_are_counted_as_the_peers():
+    """Three refreshes in a row keep the old root of what does not converge, the fourth raises."""
+    often = {"precondition_frequency": 1, "start_preconditioning_step": 1}
+    narrow = kernel_config(method="newton", ridge=0.0, design_floor=0.1)
+    with ours.enable():
+        for config, expected in ((narrow, (3, "ValueError")), (kernel_config(), (12, None))):
+            assert outcome(maker(config, dtype=torch.float32, **often), lambda *_: None) == expected
 
 
 # The accumulation
