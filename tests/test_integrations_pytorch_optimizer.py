@@ -185,3 +185,21 @@ def test_other_dtypes_and_ranks_take_the_peers_way():
                     made.step()
             ends.append(p.detach())
         torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["both", "input", "output"])
+@pytest.mark.parametrize("shape", [(12, 6), (6, 6), (7, 11), (5, 4, 3), (4, 3, 2, 2)])
+def test_scalable_shampoo_statistics(shape, kind):
+    """In one stack (the first two) and one by one, of every axis."""
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    ends = []
+    for within in (contextlib.nullcontext, integration.enable):
+        var = torch.zeros(shape, dtype=torch.float64)
+        made = PreConditioner(var, 0.9, 0, 6, 1, 8192, False, kind)
+        with within():
+            for g in G:
+                made.add_statistics(g)
+        ends.append(list(made.statistics))
+    assert made.is_same_shapes or shape not in ((12, 6), (6, 6))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-12)
