@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pickle
+import warnings
 from fractions import Fraction
 
 import pytest
@@ -69,7 +70,7 @@ def check(make, model="mlp"):
     """As check_agreement in float64; where a null space is all that is left of the factors, the
     peer amplifies its own rounding, and that is the measure."""
     alone, _ = run(make, model, torch.float64)
-    on_kernels, _ = run(make, model, torch.float64, within=ours.enable())
+    on_kernels, _ = run(make, model, torch.float64, within=ours.enable)
     nudged, _ = run(make, model, torch.float64, nudge=1)
     allowed = max(1e-9, 5 * distance(nudged, alone, model))
     assert distance(on_kernels, alone, model) <= allowed
@@ -176,6 +177,28 @@ def test_one_process_of_a_distributed_run(tmp_path):
         check(maker(distributed_config=peer.DDPDistributedConfig()))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def rank(index, folder, enabled):
+    """One of two processes, between which the peer shares out the blocks."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store-{enabled}", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=index, world_size=2)
+    make = maker(distributed_config=peer.DDPDistributedConfig())
+    within = ours.enable if enabled else contextlib.nullcontext
+    parameters, _ = run(make, "mlp", torch.float64, within=within)
+    torch.save(parameters, f"{folder}/{enabled}-{index}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    for enabled in (False, True):
+        torch.multiprocessing.spawn(rank, (str(tmp_path), enabled), nprocs=2)
+    alone, *found = (torch.load(tmp_path / f"{run}.pt") for run in ("False-0", "True-0", "True-1"))
+    for parameters in found:
+        assert distance(parameters, alone, "mlp") <= 1e-9
 
 
 def test_the_state_is_the_peers_and_goes_on_from_either():
@@ -378,11 +401,11 @@ def test_what_the_kernel_config_refuses():
 def test_the_kernel_config_trains_where_float32_is_rank_deficient(kind):
     config = kernel_config(ridge=1e-6)
     make = maker(config, kind, torch.float32, epsilon=1e-12)
-    found, optimizer = run(make, "mlp", torch.float32, within=ours.enable())
+    found, optimizer = run(make, "mlp", torch.float32, within=ours.enable)
     again = pickle.loads(pickle.dumps(optimizer.param_groups[0]["preconditioner_config"]))
     assert again.amortized_computation_config == config
     wide = maker(config, kind, torch.float64, epsilon=1e-12)
-    exact, _ = run(wide, "mlp", torch.float64, within=ours.enable())
+    exact, _ = run(wide, "mlp", torch.float64, within=ours.enable)
     with ours.enable():
         allowed = tolerance(make, "mlp", torch.float32, found)
     assert distance(found, exact, "mlp") <= allowed
