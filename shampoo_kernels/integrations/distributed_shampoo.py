@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shampoo_kernels.integrations._distributed_shampoo_config import kernel_config
 from shampoo_kernels.integrations._distributed_shampoo_factors import chunks, gram, pack, unpack
 from shampoo_kernels.integrations._patching import (
     Enabled,
@@ -60,13 +61,11 @@ def _call(config: Any, root: Fraction, epsilon: float, dtype: torch.dtype, n: in
     """For one of the peer's configs; None where the peer does it alone."""
     from distributed_shampoo.preconditioner import matrix_functions_types as types
 
-    from shampoo_kernels.integrations._distributed_shampoo_config import KernelRootInvConfig
-
     if dtype not in MASTERS or root <= 0 or n == 0:
         return None
     newton = {"ridge": 0.0, "design_floor": _FLOOR[dtype], "method": "newton"}
     has_iteration = root.denominator == 1 and root <= 64
-    if type(config) is KernelRootInvConfig:
+    if type(config) is kernel_config():
         return _Call(config.options(), lambda A: epsilon)
     if type(config) is types.EigenConfig and not config.eigendecomposition_offload_device:
         return _eigen(config.rank_deficient_stability_config, epsilon, dtype, n)
@@ -211,9 +210,7 @@ def _alone(original: _Function) -> _Function:
     def matrix_inverse_root(
         A: Tensor, root: Fraction, root_inv_config: Any = None, epsilon: float = 0.0
     ) -> Tensor:
-        from shampoo_kernels.integrations._distributed_shampoo_config import KernelRootInvConfig
-
-        if type(root_inv_config) is not KernelRootInvConfig:
+        if type(root_inv_config) is not kernel_config():
             options = {} if root_inv_config is None else {"root_inv_config": root_inv_config}
             return original(A, root, epsilon=epsilon, **options)
         return root_inv_config.compute(A, root, epsilon)
@@ -252,7 +249,5 @@ def enable(*, any_version: bool = False) -> Enabled:
 
 def __getattr__(name: str) -> Any:
     if name == "KernelRootInvConfig":  # a subclass of the peer's, which is imported for it
-        from shampoo_kernels.integrations._distributed_shampoo_config import KernelRootInvConfig
-
-        return KernelRootInvConfig
+        return kernel_config()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
