@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from matrices import condition, low_rank
+from matrices import condition, low_rank, spectrum
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -239,9 +239,12 @@ UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
 def matrices(n: int, dtype: torch.dtype) -> Tensor:
-    """(8, n, n) with condition numbers from 1 to 1e12 and one of rank 3: a mixed batch."""
+    """(10, n, n) with condition numbers from 1 to 1e12, of rank 3, of half rank with all other
+    eigenvalues equal, and the zero matrix but for one entry: a mixed batch."""
     made = [condition(n, 10.0**k) for k in (0, 1, 2, 4, 6, 8, 12)]
-    return torch.stack([*made, low_rank(n, 3)]).to(dtype)
+    half, corner = torch.arange(n) <= n // 2, torch.arange(n) == 0
+    made += [low_rank(n, 3), spectrum(half.double()), torch.diag(corner.double())]
+    return torch.stack(made).to(dtype)
 
 
 def true_root(A: Tensor, p: float, shift: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
@@ -260,9 +263,10 @@ def error(X: Tensor, truth: Tensor) -> Tensor:
 
 def rounding(X: Tensor, kappa: Tensor, p: float) -> Tensor:
     """How close rounding lets a root (*, n, n) come to the true one: 4u sqrt(kappa n), or a
-    backward error of u on every eigenvalue, which the smallest feels as u kappa / p."""
-    unit = UNIT[X.dtype]
-    return torch.maximum(4 * unit * (kappa * X.shape[-1]).sqrt(), unit * kappa / p)
+    backward error of u on every eigenvalue for each of the log2(p) products in a p-th power, which
+    the smallest eigenvalue feels as u kappa / p."""
+    unit = UNIT[X.dtype] * max(1.0, math.log2(p))
+    return torch.maximum(4 * UNIT[X.dtype] * (kappa * X.shape[-1]).sqrt(), unit * kappa / p)
 
 
 def check_root(ours: Tensor, peer: Tensor, truth: Tensor, kappa: Tensor, p: float) -> None:

@@ -1,5 +1,6 @@
 """HeavyBall's SOAP and KL-Shampoo families with these kernels in them."""
 
+import contextlib
 import functools
 
 import pytest
@@ -148,3 +149,24 @@ def test_other_ranks_take_the_peers_way(ndim):
     ):
         theirs, ours = calls(function, *arguments)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_parameters_without_factors(optimizer):
+    """One number as a matrix, a row, a vector; and bfloat16."""
+    ends = []
+    for within in (contextlib.nullcontext, integration.enable):
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((1, 1), (1, 7), (7,))
+        parameters = [torch.nn.Parameter(torch.ones(s)) for s in shapes]
+        parameters.append(torch.nn.Parameter(torch.ones(5, 6, dtype=torch.bfloat16)))
+        torch.manual_seed(0)  # bfloat16 is rounded at random
+        made = getattr(peer, optimizer)(parameters, precondition_frequency=2)
+        with within():
+            for _ in range(4):
+                for p in parameters:
+                    p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+                made.step()
+        ends.append([p.detach().float() for p in parameters])
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-2)
+    torch.testing.assert_close(ends[1][:-1], ends[0][:-1], rtol=0, atol=1e-5)

@@ -53,6 +53,27 @@ def test_agrees_with_the_limit_of_the_peers_iteration(optimizer, name):
     check_agreement(integration.INTEGRATION, CONVERGED[optimizer], name, torch.float64)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": False},
+        {"betas": (0.0, 0.9), "grafting_beta": 0.99, "correct_bias": False},
+        {"start_preconditioning_step": 7, "momentum": 0.5},
+        {"block_size": 9, "weight_decay": 0.1},
+        {"maximize": True, "lr": 1e-4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_dash_options(name, options):
+    def dash(parameters):
+        options_all = {"inverse_root_method": "eigh", "precondition_frequency": 3} | options
+        return peer.DASH(parameters, **options_all)
+
+    check_agreement(integration.INTEGRATION, dash, name, torch.float64)
+
+
 @pytest.mark.parametrize("optimizer", {**OPTIMIZERS, **CONVERGED})
 def test_state(optimizer):
     check_state(integration.INTEGRATION, {**OPTIMIZERS, **CONVERGED}[optimizer], "mlp")

@@ -46,7 +46,7 @@ def _statistics(original: _Function) -> _Function:
         precondition_1d: bool,
         beta: float | Tensor,
     ) -> None:
-        if grad.ndim != 3 or not _plain(grad, *GG):
+        if grad.ndim != 3 or len(GG) != 2 or not _plain(grad, *GG):
             original(grad, GG, max_precond_dim, precondition_1d, beta)
             return
         for statistic, side in zip(GG, _SIDES, strict=True):

@@ -6,9 +6,9 @@
 
 What changes (options, state and formulas stay the peer's):
 
-- DASH: `compute_inverse_root`. "eigh" by eigh. "newton_db" gives the root that the peer's iteration
-  goes to; ten of its steps stop far short of it from a condition number of 1e4 on, and
-  `newton_steps` and `matrix_scaling` have no effect.
+- DASH: statistics in one pass, the update by `precondition`. "eigh" by eigh. "newton_db" gives the
+  root that the peer's iteration goes to; ten of its steps stop far short of it from a condition
+  number of 1e4 on, and `newton_steps` and `matrix_scaling` have no effect.
 - ScalableShampoo: statistics in one pass; roots of all blocks of a size in one call. The ridge is
   `matrix_eps` times the largest eigenvalue as in the peer, by an iteration that draws no random
   numbers. A block that is not finite keeps its root.
@@ -16,8 +16,8 @@ What changes (options, state and formulas stay the peer's):
 - SOAP: statistics in one pass, projections of matrices by `precondition`. The QR step stays the
   peer's: `orthogonal_iteration` is no faster on a CPU.
 
-Tensors other than float32 and float64, and eigenvalues that are negative by rounding, apart: see
-`_stacks`.
+Eigenvalues that are negative by rounding count as the unit of rounding times the bound. For SOAP,
+tensors other than float32 and float64 take the peer's own way.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo_kernels.integrations import _dash
 from shampoo_kernels.integrations._patching import Enabled, Integration, Replacement
 from shampoo_kernels.integrations._stacks import (
     MASTERS,
@@ -40,19 +41,7 @@ from shampoo_kernels.ops.precondition import precondition
 
 VERSIONS = ("4.1.0",)
 _PACKAGE = "pytorch_optimizer.optimizer"
-_NEWTON_LIMIT = 256  # on a CPU eigh is faster above, as method="auto" knows
 _Function = Callable[..., Any]
-
-
-def _dash_root(original: _Function) -> _Function:
-    def compute_inverse_root(self: Any, matrix: Tensor, root: int, group: dict) -> Tensor:
-        twice = group["inverse_root_method"] == "eigh"  # so does the peer
-        damped = add_to_diagonal(matrix, group["matrix_eps"] * (2 if twice else 1))
-        if twice or (matrix.device.type == "cpu" and matrix.shape[-1] > _NEWTON_LIMIT):
-            return eigh_root(damped, root)
-        return newton_root(damped, root)
-
-    return compute_inverse_root
 
 
 def _svd_root(original: _Function) -> _Function:
@@ -86,8 +75,9 @@ def _scalable_root(preconditioner: Any, A: Tensor, p: int, previous: Tensor) -> 
         return eigh_root(A, p, previous)
     eps = preconditioner.matrix_eps
     largest = power_iteration(A, steps=30).clamp_min(1e-16)
-    # The bound exceeds the largest eigenvalue by less than a factor of four.
-    floor = min(max(eps / 4, 1e-7), 0.1)
+    # Where half of 500 eigenvalues are equal and the others zero, the bound is ten times the
+    # largest; a floor that is too low costs a few products and no accuracy.
+    floor = min(max(eps / 16, 3e-8), 0.1)
     return newton_root(add_to_diagonal(A, eps * largest), p, floor, previous)
 
 
@@ -178,8 +168,14 @@ INTEGRATION = Integration(
         Replacement(
             f"{_PACKAGE}.dash:DASH",
             "compute_inverse_root",
-            _dash_root,
+            _dash.inverse_root,
             "(self, matrix, root, group)",
+        ),
+        Replacement(
+            f"{_PACKAGE}.dash:DASH",
+            "update_block",
+            _dash.update,
+            "(self, grad, state, one_sided, group)",
         ),
         Replacement(
             f"{_PACKAGE}.utils.preconditioner:PreConditioner",
