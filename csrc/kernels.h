@@ -1,5 +1,10 @@
 // Every launcher of the package: plain pointers, sizes, strides, and no torch. All strides count
 // elements, not bytes. The CPU launchers may be called from several threads at once.
+//
+// Any C++20 program can call those of cpu/: examples/gram_and_bound.cpp does, and tells how to
+// compile them. Sizes, strides and overlaps are the caller's to get right: nothing is checked.
+// Matrices are row-major where strides are not given. Results are complete on return; where
+// std::bad_alloc is thrown, what was to be written is unspecified.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +17,17 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3
 
 // The caller's thread pool. `run` calls body(context, worker) for every worker in [0, workers), at
 // the same time or one after the other, and returns when all calls have returned. It must forward
-// exceptions (std::bad_alloc is the only one thrown) or be used with memory to spare.
+// exceptions (std::bad_alloc is the only one thrown) or be used with memory to spare. With one
+// worker, as in Parallel{}, the caller's thread does everything and `run` is not called.
 struct Parallel {
   int64_t workers = 1;
   void (*run)(int64_t workers, void (*body)(void* context, int64_t worker),
               void* context) = nullptr;
 };
 
-// An operand of a product, (blocks, slabs, rows, k); any stride may be 0.
+// An operand of a product, (blocks, slabs, rows, k); any stride may be 0. A row-major stack
+// (blocks, rows, k) has one slab and strides rows * k, 0, k, 1; its transposes have rows and k, and
+// their strides, exchanged.
 struct Operand {
   const void* data;
   DType dtype;
@@ -47,7 +55,8 @@ struct Product {
 void product(const Product& problem, const Parallel& parallel);
 
 // stat[b] <- beta[b] stat[b] + alpha[b] sum_s left[b, s] grad[b, s]^T, which the caller knows to be
-// symmetric: the lower triangle is computed and mirrored.
+// symmetric: the lower triangle is computed and mirrored. The Gram matrix G G^T of one gradient per
+// block is left = grad = G with one slab.
 struct GramEma {
   int64_t blocks, n, slabs, k;  // any of them may be 0
   float* stat;                  // (blocks, n, n): lower triangle read, both triangles written
@@ -62,7 +71,8 @@ struct GramEma {
 // slabs; products of two 16-bit numbers are exact (bf16 pair instructions flush subnormals to 0).
 void gram_ema(const GramEma& problem, const Parallel& parallel);
 
-// A stack (blocks, n, n) of symmetric matrices of which only the lower triangle is read.
+// A stack (blocks, n, n) of symmetric matrices of which only the lower triangle is read. In order:
+// {data, blocks, n, n * n, n, 1}.
 template <class T>
 struct SymmetricStack {
   const T* data;

@@ -314,7 +314,7 @@ EYE = torch.eye(4)
     [
         ((EYE.bfloat16(), 2), TypeError, "A must be float64 or float32"),
         ((EYE[:3], 2), ValueError, r"A must be \(\*, n, n\), got \(3, 4\)"),
-        ((EYE.numpy(), 2), TypeError, "A must be a tensor"),
+        ((EYE.tolist(), 2), TypeError, "A must be a tensor"),
         ((EYE.clone().requires_grad_(), 2), ValueError, "requires grad"),
         ((EYE, 0), ValueError, "p must be positive"),
         ((EYE, -2), ValueError, "p must be positive"),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,6 +118,33 @@ def check_square(op: str, name: str, tensor: Tensor, batched: bool = True) -> No
     if not right_ndim or tensor.shape[-1] != tensor.shape[-2]:
         expected = "(B, n, n)" if batched else "(*, n, n)"
         raise ValueError(f"{op}: {name} must be {expected}, got {tuple(tensor.shape)}")
+
+
+def as_tensors(op: str, **arrays: Any) -> list[Any]:
+    """Public functions that return: arrays of other libraries as tensors on the same memory.
+
+    What is no array, None included, passes through, for `check_tensors` to judge.
+    """
+    return [
+        x if isinstance(x, Tensor) or not hasattr(x, "__dlpack__") else _from_dlpack(op, name, x)
+        for name, x in arrays.items()
+    ]
+
+
+def _from_dlpack(op: str, name: str, array: Any) -> Tensor:
+    kind = type(array).__name__
+    # What torch takes without a word, and what it ends the process over (both seen in 2.13).
+    if not getattr(getattr(array, "flags", None), "writeable", True):
+        raise ValueError(f"{op}: {name} must not be a read-only {kind}: a tensor has no such state")
+    if min(getattr(array, "strides", None) or (0,)) < 0:
+        raise ValueError(f"{op}: {name} must have no negative strides, got a {kind} that does")
+    try:
+        return torch.from_dlpack(array)
+    except Exception as error:  # each library has its own
+        raise TypeError(
+            f"{op}: {name} must be a tensor or an array that DLPack can hand over, "
+            f"got {kind}: {error}"
+        ) from error
 
 
 def check_tensors(op: str, *optional: str, **tensors: object) -> None:

@@ -32,6 +32,7 @@ def eigenvalue_bound(A: Tensor) -> Tensor:
 
     Sources: Wolkowicz and Styan 1980; Minc 1988 (for |A|, whose spectral radius bounds A's).
     """
+    (A,) = common.as_tensors(_OP, A=A)
     common.check_tensors(_OP, A=A)
     common.check_square(_OP, "A", A, batched=False)
     return torch.ops.shampoo_kernels.eigenvalue_bound(common.stack(A)).reshape(A.shape[:-2])

@@ -95,6 +95,7 @@ def inverse_root(
     Sources: Guo and Higham 2006 (SIMAX 28:788); minimax steps as in Polar Express
     (arXiv 2505.16932); failure policy after Anil et al. 2020 (arXiv 2002.09018).
     """
+    A, previous = common.as_tensors(_OP, A=A, previous=previous)
     common.check_tensors(_OP, "previous", "out", A=A, previous=previous, out=out)
     common.check_square(_OP, "A", A, batched=False)
     for name, tensor in (("previous", previous), ("out", out)):

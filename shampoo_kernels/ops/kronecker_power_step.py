@@ -43,6 +43,7 @@ def kronecker_power_step(
 
     Source: Van Loan and Pitsianis 1993; Morwani et al. 2024 (arXiv 2406.17748), Proposition 1.
     """
+    grads, left, right = common.as_tensors(_OP, grads=grads, left=left, right=right)
     common.check_tensors(_OP, grads=grads, left=left, right=right)
     if grads.ndim < 3:
         raise ValueError(f"{_OP}: grads must be (*, N, m, n), got {tuple(grads.shape)}")

@@ -33,6 +33,7 @@ def orthogonal_iteration(A: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, 
 
     Sources: Golub and Van Loan, Matrix Computations, section 8.2; SOAP (arXiv 2409.11321).
     """
+    A, Q = common.as_tensors(_OP, A=A, Q=Q)
     common.check_tensors(_OP, A=A, Q=Q)
     common.check_square(_OP, "A", A, batched=False)
     common.check_shape(_OP, "Q", Q, tuple(A.shape), "as A")

@@ -54,6 +54,7 @@ def orthogonalize(
     Sources: Amsel et al. (arXiv 2505.16932) and Grishina et al. (arXiv 2506.10935) for the minimax
     steps; Jordan et al. 2024 (Muon) for the rest.
     """
+    (G,) = common.as_tensors(_OP, G=G)
     common.check_tensors(_OP, G=G)
     if G.ndim < 2:
         raise ValueError(f"{_OP}: G must be (*, m, n), got {tuple(G.shape)}")

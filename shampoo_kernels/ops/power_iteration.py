@@ -31,6 +31,7 @@ def power_iteration(A: Tensor, steps: int = 10, vectors: int = 16) -> Tensor:
 
     Source: Golub and Van Loan, Matrix Computations, section 8.2 (orthogonal iteration).
     """
+    (A,) = common.as_tensors(_OP, A=A)
     common.check_tensors(_OP, A=A)
     common.check_square(_OP, "A", A, batched=False)
     steps = common.check_integer(_OP, "steps", steps, least=1)

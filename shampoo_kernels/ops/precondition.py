@@ -43,6 +43,7 @@ def precondition(
 
     Source: Gupta, Koren, Singer 2018 (arXiv 1802.09568).
     """
+    grad, left, right = common.as_tensors(_OP, grad=grad, left=left, right=right)
     common.check_tensors(_OP, "left", "right", "out", grad=grad, left=left, right=right, out=out)
     if grad.ndim < 2:
         raise ValueError(f"{_OP}: grad must be (*, m, n), got {tuple(grad.shape)}")

@@ -1,0 +1,171 @@
+"""As bench_integrations, for peers that come from a checkout of their repository.
+
+Each is found by its variable, SHAMPOO_KERNELS_PEER_DISTRIBUTED_SHAMPOO and so on, and skipped
+without. Errors are against the peer's own float64 run; SOAP has none of its own, and its errors
+would be those of a null space.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from bench_integrations import CYCLE, MATRICES, VECTORS
+from torch import nn
+
+from shampoo_kernels import inverse_root
+
+
+def checkout(peer: str) -> None:
+    """Make the peer importable, or skip."""
+    variable = f"SHAMPOO_KERNELS_PEER_{peer.upper()}"
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} names no checkout of {peer}")
+    if os.environ[variable] not in sys.path:
+        sys.path.append(os.environ[variable])
+
+
+class Run:
+    """An optimizer of its own that takes CYCLE steps, on other gradients each, at every call."""
+
+    def __init__(self, make, shapes, within, dtype=torch.float32):
+        torch.manual_seed(0)
+        self.parameters = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
+        self.start = [p.detach().double().clone() for p in self.parameters]
+        self.grads = [[torch.randn(s).to(dtype) for s in shapes] for _ in range(CYCLE)]
+        self.optimizer, self.within = make(self.parameters), within
+
+    def __call__(self):
+        with self.within():
+            for grads in self.grads:
+                for parameter, grad in zip(self.parameters, grads, strict=True):
+                    parameter.grad = grad.clone()
+                self.optimizer.step()
+
+    def way(self) -> torch.Tensor:
+        """How far the parameters have gone after the first call."""
+        self()
+        pairs = zip(self.parameters, self.start, strict=True)
+        return torch.cat([(p.detach().double() - s).flatten() for p, s in pairs])
+
+
+def distributed_shampoo(package, parameters, config, block):
+    dtype = parameters[0].dtype
+    return package.DistributedShampoo(
+        parameters,
+        betas=(0.9, 0.95),
+        epsilon=1e-6,
+        max_preconditioner_dim=block,
+        precondition_frequency=CYCLE,
+        start_preconditioning_step=CYCLE,
+        grafting_config=package.AdamPreconditionerConfig(beta2=0.95, epsilon=1e-8),
+        preconditioner_config=package.RootInvShampooPreconditionerConfig(
+            amortized_computation_config=config,
+            factor_matrix_dtype=dtype,
+            inv_factor_matrix_dtype=dtype,
+        ),
+    )
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("solver", ["EigenConfig", "CoupledNewtonConfig"])
+def bench_distributed_shampoo(versus, solver, block):
+    checkout("distributed_shampoo")
+    package = pytest.importorskip("distributed_shampoo")
+    from distributed_shampoo.preconditioner import matrix_functions_types
+
+    from shampoo_kernels.integrations import distributed_shampoo as integration
+
+    config = getattr(matrix_functions_types, solver)()
+    make = functools.partial(distributed_shampoo, package, config=config, block=block)
+    start = functools.partial(Run, make, MATRICES)  # factors of rank one fail in Newton
+    alone, ours = start(contextlib.nullcontext), start(integration.enable)
+    truth = start(contextlib.nullcontext, dtype=torch.float64).way()
+    errors = {
+        which: (run.way() - truth).norm() / truth.norm()
+        for which, run in (("ours", ours), ("the peer alone", alone))
+    }
+    case = f"Distributed Shampoo, {solver}, blocks of {block}, {CYCLE} steps"
+    versus(ours, {"the peer alone": alone}, case=case, errors=errors)
+
+
+def bench_soap(versus):
+    checkout("soap")
+    package = pytest.importorskip("soap")
+    from shampoo_kernels.integrations import soap as integration
+
+    def make(parameters):
+        return package.SOAP(parameters, precondition_frequency=CYCLE)
+
+    start = functools.partial(Run, make, MATRICES + VECTORS)
+    alone, ours = start(contextlib.nullcontext), start(integration.enable)
+    versus(ours, {"the peer alone": alone}, case=f"SOAP, {CYCLE} steps")
+
+
+def spectrum(n, p):
+    """Eight matrices of condition 1e4 in float32, and their inverse p-th roots in float64."""
+    Q = torch.linalg.qr(torch.randn(8, n, n, dtype=torch.float64)).Q
+    A = (Q * torch.logspace(0, -4, n, dtype=torch.float64) @ Q.mT).float()
+    values, vectors = torch.linalg.eigh(A.double())
+    return A, vectors * values[:, None] ** (-1 / p) @ vectors.mT
+
+
+@pytest.mark.parametrize("n", [64, 256])
+def bench_scaled_cans(versus, n):
+    """The function that NVIDIA's package gives its users, loaded from its one file."""
+    checkout("emerging_optimizers")
+    folder = Path(os.environ["SHAMPOO_KERNELS_PEER_EMERGING_OPTIMIZERS"])
+    file = folder / "emerging_optimizers/legacy_soap/matrix_root_inverse_utils.py"
+    spec = importlib.util.spec_from_file_location("scaled_cans", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    A, truth = spectrum(n, 2)
+
+    def ours():
+        return inverse_root(A, 2, ridge=0, design_floor=1e-7, method="newton").root
+
+    def alone():
+        return module.mat_root_inv_via_scaled_cans(A)
+
+    errors = {name: (f().double() - truth).norm() / truth.norm()
+              for name, f in (("ours", ours), ("the peer alone", alone))}  # fmt: skip
+    versus(ours, {"the peer alone": alone}, case=f"scaled CANS, p = 2, 8 of {n}", errors=errors)
+
+
+@pytest.mark.parametrize("method", ["EVD", "CN", "NDB"])
+def bench_dash_invertor(versus, method):
+    """The invertor alone: the package around it wants CUDA extensions of other optimizers."""
+    checkout("ista_dash")
+    if "ista_daslab_optimizers" not in sys.modules:
+        parent = types.ModuleType("ista_daslab_optimizers")
+        folder = Path(os.environ["SHAMPOO_KERNELS_PEER_ISTA_DASH"])
+        parent.__path__ = [str(folder / "ista_daslab_optimizers")]
+        sys.modules["ista_daslab_optimizers"] = parent
+        sys.modules.setdefault("wandb", types.ModuleType("wandb"))
+    from ista_daslab_optimizers import dash
+    from ista_daslab_optimizers.dash.invertors import DashRootInvertor
+
+    from shampoo_kernels.integrations import ista_dash as integration
+
+    config = dash.DashConfig(inv_root_method=dash.DashInverseRootMethodType[method])
+    A, truth = spectrum(128, 4)
+    out = torch.empty_like(A)
+
+    def alone():
+        DashRootInvertor.invert(A, out, config, 4)
+        return out
+
+    def ours():
+        with integration.enable():
+            return alone()
+
+    errors = {name: (f().double() - truth).norm() / truth.norm()
+              for name, f in (("ours", ours), ("the peer alone", alone))}  # fmt: skip
+    case = f"DASH's {method} as it comes, p = 4, 8 of 128"
+    versus(ours, {"the peer alone": alone}, case=case, errors=errors)
