@@ -1,5 +1,6 @@
 """What torch.optim's state_dict and load_state_dict need on top, through their own hooks."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,14 @@ from torch import Tensor
 
 from shampoo_kernels.optim import options
 from shampoo_kernels.optim.state import check_state
+from shampoo_kernels.optim.team import team_of
 
 # Of the state's layout; every param group carries it. In version 1 a root that had not been
 # computed was the identity, and long sides were split into other pieces.
 VERSION = 2
 OLD_VERSIONS = (1,)
+
+ANY = range(sys.maxsize)  # block
 
 
 def cloned(states: Mapping) -> dict:
@@ -37,10 +41,15 @@ def _without_identity(name: str, value: Any) -> Any:
 
 @contextmanager
 def copying_tensors(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Let state_dict() give copies: saving a view would save the whole stack behind it."""
+    """Let state_dict() give copies: saving a view would save the whole stack behind it.
+
+    Process groups, which cannot be saved, stay out.
+    """
 
     def copy(_: torch.optim.Optimizer, state_dict: dict) -> None:
         state_dict["state"] = cloned(state_dict["state"])
+        for group in state_dict["param_groups"]:
+            group["process_group"] = None
 
     handle = optimizer.register_state_dict_post_hook(copy, prepend=True)
     try:
@@ -106,10 +115,12 @@ def _current(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
         if "params" not in saved:
             raise ValueError("Shampoo: a loaded param group must hold 'params', got "
                              f"{sorted(map(str, saved))}")  # fmt: skip
-        plain = options.checked({**optimizer.defaults, **saved})
+        here = {"process_group": group["process_group"]}
+        plain = options.checked({**optimizer.defaults, **saved, **here})
+        others = ANY if team_of(group) else ()  # which ones are not here, a step will know
         for parameter, key in zip(group["params"], saved["params"], strict=False):
             if key in states:
-                check_state(parameter, states[key], plain)
+                check_state(parameter, states[key], plain, others)
                 if version in OLD_VERSIONS:
                     states[key] = upgraded(states[key])
         groups.append({**saved, **plain, "version": VERSION})

@@ -2,13 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim import options, saving
-from shampoo_kernels.optim.plan import Plan, check_gradients, check_states
+from shampoo_kernels.optim import options, plans, saving
+from shampoo_kernels.optim.plan import Plan, check_gradients, check_states, members
+from shampoo_kernels.optim.team import Share, agree, description, shares
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Shampoo(torch.optim.Optimizer):
@@ -90,11 +94,13 @@ class Shampoo(torch.optim.Optimizer):
         capturable: bool = False,
         root_dtype: torch.dtype | None = None,
         precondition: bool = True,
-        process_group: None = None,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         defaults = options.checked(dict(locals()))
         self._plans: dict[int, Plan] = {}
         self._checked: dict[int, tuple] = {}
+        self._shares: dict[int, Share] = {}
+        self._agreed: dict[int, tuple] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -104,13 +110,20 @@ class Shampoo(torch.optim.Optimizer):
         super().add_param_group({**param_group, "version": saving.VERSION})
 
     def __getstate__(self) -> dict:
-        """As in torch.optim, with copies of the tensors: a view would take its stack along."""
-        state = super().__getstate__()
-        return {**state, "state": defaultdict(dict, saving.cloned(state["state"]))}
+        """As in torch.optim, with copies of the tensors: a view would take its stack along.
+
+        Process groups stay behind: they can be neither copied nor pickled.
+        """
+        state, alone = super().__getstate__(), {"process_group": None}
+        return {
+            "defaults": {**state["defaults"], **alone},
+            "state": defaultdict(dict, saving.cloned(state["state"])),
+            "param_groups": [{**group, **alone} for group in state["param_groups"]],
+        }
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._plans, self._checked = {}, {}
+        self._plans, self._checked, self._shares, self._agreed = {}, {}, {}, {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -176,15 +189,30 @@ class Shampoo(torch.optim.Optimizer):
 
     def _make_plans(self) -> None:
         """How to step each group, anew when it or its state are no longer what they were."""
+        self._shares = shares(self.param_groups, self._shares)
         stale = {
             number: group
             for number, group in enumerate(self.param_groups)
-            if number not in self._plans or not self._plans[number].fits(group, self.state)
+            if number not in self._plans
+            or not self._plans[number].fits(group, self.state, self._shares.get(number))
         }
-        for group in stale.values():
-            check_states(group, self.state)
+        for number in stale:
+            self._agree(number)
         for number, group in stale.items():
-            self._plans[number] = Plan(group, self.state)
+            check_states(group, self.state, self._shares.get(number))
+        for number, group in stale.items():
+            self._plans[number] = plans.make(group, self.state, self._shares.get(number))
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             for number, group in enumerate(self.param_groups):
                 self._plans[number].check_capture(group)
+
+    def _agree(self, number: int) -> None:
+        """Let the ranks that share a group see that it is the same, at first and after changes."""
+        share = self._shares.get(number)
+        if share is None:
+            return
+        own = members(self.param_groups[number], self.state, share)
+        now = (share.signature, *map(id, own))
+        if now != self._agreed.get(number):
+            agree(share.team, number, description(number, self.param_groups, own))
+            self._agreed[number] = now
