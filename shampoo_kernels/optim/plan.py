@@ -34,8 +34,20 @@ def check_gradients(group: dict) -> None:
 def check_states(group: dict, states: Mapping[Tensor, dict], share: Share | None) -> None:
     """Refuse a state that does not hold what the options of its group ask for."""
     for parameter in members(group, states, share):
-        others = share.others(parameter) if share else ()
-        check_state(parameter, states.get(parameter, {}), group, others)
+        state = states.get(parameter, {})
+        if share is not None and state:
+            _check_own_blocks(parameter, state, share)
+        check_state(parameter, state, group, share.others(parameter) if share else ())
+
+
+def _check_own_blocks(parameter: Tensor, state: Mapping, share: Share) -> None:
+    for index, rank in enumerate(share.owners[parameter]):
+        if rank == share.team.rank and f"block_step.{index}" not in state:
+            raise ValueError(
+                f"Shampoo: rank {rank} of {share.team.size} owns block {index} of a parameter "
+                f"{tuple(parameter.shape)}, and the state has none of it; state_dict() holds the "
+                "blocks of one rank, and torch.distributed.checkpoint brings those of all"
+            )
 
 
 def members(group: dict, states: Mapping[Tensor, dict], share: Share | None) -> list[Tensor]:

@@ -63,15 +63,18 @@ def keeping_dtypes(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Let load_state_dict() check the state first, and take floating tensors as they were saved.
 
     torch.optim casts them to the dtype of the parameter, which ruins float32 state of bfloat16
-    parameters.
+    parameters. Process groups stay what they are.
     """
     loaded: dict = {}
+    process_groups = [group["process_group"] for group in optimizer.param_groups]
 
     def capture(_: torch.optim.Optimizer, state_dict: dict) -> dict:
         loaded.update(_current(optimizer, state_dict))
         return loaded
 
     def restore(_: torch.optim.Optimizer) -> None:
+        for group, process_group in zip(optimizer.param_groups, process_groups, strict=True):
+            group["process_group"] = process_group
         for parameter, state in _saved(optimizer, loaded):
             kept = optimizer.state[parameter]
             for name, value in state.items():
@@ -115,8 +118,8 @@ def _current(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
         if "params" not in saved:
             raise ValueError("Shampoo: a loaded param group must hold 'params', got "
                              f"{sorted(map(str, saved))}")  # fmt: skip
-        here = {"process_group": group["process_group"]}
-        plain = options.checked({**optimizer.defaults, **saved, **here})
+        alone = {"process_group": None}  # the group's own comes back later: torch.optim copies deep
+        plain = options.checked({**optimizer.defaults, **saved, **alone})
         others = ANY if team_of(group) else ()  # which ones are not here, a step will know
         for parameter, key in zip(group["params"], saved["params"], strict=False):
             if key in states:
