@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from training import parameters
 
-from shampoo_kernels.optim import gathering, sharding
+from shampoo_kernels.optim import gathering, sharding, team
 from shampoo_kernels.optim.blocks import StackKey, cut, stack_blocks
 from shampoo_kernels.optim.exchange import chunks, pieces, row_bounds
 
@@ -65,6 +66,28 @@ def test_owners_are_neighbours_in_every_stack(ranks):
         if key.sides:
             ranks_in_order = [owners[b.parameter][b.index] for b in blocks]
             assert ranks_in_order == sorted(ranks_in_order)
+
+
+def test_a_group_for_every_layer_is_shared_out_as_evenly_as_one(monkeypatch):
+    """Each group goes on where those before it left off; what was given out stays when one joins."""
+    ours = team.Team("a process group", 0, 4, False)
+    monkeypatch.setattr(team, "team_of", lambda group: ours if group["process_group"] else None)
+    options = {"p": (2, 2), "block_size": 8, "max_dimension": 64, "precondition": True,
+               "root_dtype": None, "capturable": False}  # fmt: skip
+    groups = [
+        {"params": parameters((8, 8), (5,)), "process_group": None if i == 2 else ours, **options}
+        for i in range(9)
+    ]
+    first = team.shares(groups[:4], {})
+    every = team.shares(groups, first)
+    assert [number for number in range(9) if number not in every] == [2]
+    assert all(every[number] is first[number] for number in first)
+    given_out = [sum(spent) for spent in zip(*(s.spent for s in every.values()), strict=True)]
+    assert len(set(given_out)) == 1
+    (W, b), one = groups[0]["params"], every[0]
+    assert (one.owners[W], one.owners[b]) == ((0,), ())
+    assert one.others(W) == set()
+    assert every[1].others(groups[1]["params"][0]) == {0}
 
 
 def runs_of(stacks, cuts, ranks):

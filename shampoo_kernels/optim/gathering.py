@@ -65,7 +65,7 @@ class Gather:
     def __init__(self, plan: list[Bucket], weights: Matrices, team: Team) -> None:
         self.waiting = deque(plan)
         self.weights, self.team = weights, team
-        self.flying: deque[tuple[Bucket, Tensor, Any]] = deque()
+        self.flying: deque[tuple[Bucket, Tensor, Tensor, Any]] = deque()
 
     def ready(self, stack: StackKey) -> None:
         """The own blocks of this stack and of those before it have their new weights."""
@@ -86,10 +86,10 @@ class Gather:
         everyone = torch.empty(self.team.size * length, dtype=dtype, device=device)
         _copy(self._slots(bucket, self.team.rank, own), into_the_buffer=True)
         work = all_gather(everyone, own, self.team.process_group)
-        self.flying.append((bucket, everyone, work))
+        self.flying.append((bucket, everyone, own, work))  # both buffers live until it has ended
 
     def _land(self) -> None:
-        bucket, everyone, work = self.flying.popleft()
+        bucket, everyone, _, work = self.flying.popleft()
         work.wait()
         parts = everyone.view(self.team.size, -1).unbind()
         slots = (

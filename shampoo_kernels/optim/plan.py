@@ -8,7 +8,7 @@ from torch import Tensor
 from shampoo_kernels.optim.blocks import Cut
 from shampoo_kernels.optim.stacks import MOMENTS, build, cut_parameter
 from shampoo_kernels.optim.state import check_state
-from shampoo_kernels.optim.team import STRUCTURE, Share
+from shampoo_kernels.optim.team import STRUCTURE, Share, is_dtensor
 from shampoo_kernels.optim.update import Inputs, step_
 
 
@@ -23,6 +23,11 @@ def check_gradients(group: dict) -> None:
         if not parameter.is_floating_point():
             raise RuntimeError(
                 f"Shampoo: parameters must be real and floating, got {parameter.dtype}"
+            )
+        if is_dtensor(parameter) and parameter.grad.placements != parameter.placements:
+            raise RuntimeError(
+                "Shampoo: the gradient of a DTensor must be placed like it, as "
+                f"{parameter.placements}, got {parameter.grad.placements}"
             )
         if group["capturable"] and parameter.device.type in ("cpu", "mps"):
             raise RuntimeError(

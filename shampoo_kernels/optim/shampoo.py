@@ -51,7 +51,10 @@ class Shampoo(torch.optim.Optimizer):
         root_dtype: dtype in which the roots are kept, torch.float64, float32 or bfloat16; None is
             that of the statistics.
         precondition: False runs AdamW.
-        process_group: None; sharing the work over processes is not supported yet.
+        process_group: the processes that hold the same parameters and gradients (as under
+            DistributedDataParallel) and share the blocks out among themselves; None: every process
+            works for itself, whether torch.distributed is initialised or not, since equal shapes do
+            not mean equal models. DTensors (fully_shard) are shared out over their own mesh.
 
     A block with a gradient that is not finite (or whose squares overflow) stands still: weights,
     moments, statistics, roots and its step count keep their values. A parameter without gradient
@@ -60,11 +63,21 @@ class Shampoo(torch.optim.Optimizer):
     something to compute it from, on a GPU when its turn comes. With graft=None it waits for it.
     Tensors with dimensions beyond two are seen as first x all others.
 
+    With many processes a block belongs to the rank that has least to do (the dearest come first).
+    It alone has statistics and roots, steps the block, and sends the new weights to the others:
+    copies are equal to the bit. Moments are where the parameter is: whole on every rank, or a
+    DTensor like it. The owner's gradient counts: where it has none the block stands still. A block
+    of a DTensor moves only when every rank with rows of it has a gradient. All ranks must have the
+    same param groups and call step() alike. Every rank's state_dict() holds its own blocks;
+    torch.distributed.checkpoint takes the state to any number of ranks.
+
     Raises:
         ValueError: an option that is not allowed, at construction, in add_param_group and, if it
-            was changed, at a step;
-        RuntimeError: sparse gradients, DTensors, parameters that are not real and floating, or
-            capturable=True without an accelerator, at a step. A step that raises changes nothing.
+            was changed, at a step; process_group with DTensors; the state of other ranks' blocks;
+        RuntimeError: sparse gradients, parameters that are not real and floating, capturable=True
+            without an accelerator, DTensors in other placements than fully_shard's, or param groups
+            that differ between the ranks (on all of them), at a step. A step that raises changes
+            nothing.
 
     Sources: Gupta, Koren, Singer 2018 (arXiv 1802.09568); Morwani et al. 2024 (arXiv 2406.17748),
     H ≈ L ⊗ R / tr L; grafting: Anil et al. 2020 (arXiv 2002.09018); AdamW: arXiv 1711.05101.

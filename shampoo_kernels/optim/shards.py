@@ -114,9 +114,10 @@ class ShardPlan(Plan):
 
     def _gradient(self, inputs: Inputs, i: int) -> Tensor:
         """A gradient that is missing here counts as not finite: the owner might have one."""
+        if i in inputs.grads:
+            return inputs.grads[i]
         weight = inputs.weights[i]
-        missing = weight.new_full((1, 1), math.nan)
-        return inputs.grads[i] if i in inputs.grads else missing.expand_as(weight)
+        return weight.new_full((1, 1), math.nan).expand_as(weight)
 
     @contextmanager
     def _of_one_mind(self, inputs: Inputs) -> Iterator[dict[int, Tensor]]:
@@ -135,16 +136,14 @@ class ShardPlan(Plan):
         dist.all_reduce(squares, group=self.team.process_group)
         finite = (squares < math.inf).to(squares.dtype)
         poison = torch.where(finite > 0, 0, math.nan).view(-1, 1, 1).unbind()
-        spots = {
-            i: inputs.grads[i][:1, :1] for i in asked if i in inputs.grads and self.shapes[i][1]
-        }
-        saved = [spot.clone() for spot in spots.values()]
-        for i, add in zip(asked, poison, strict=True):
-            if i in spots:
-                spots[i].add_(add)
+        here = [k for k, i in enumerate(asked) if i in inputs.grads and self.shapes[i][1]]
+        spots = [inputs.grads[asked[k]][:1, :1] for k in here]
+        saved = list(torch._foreach_mul(spots, 1)) if spots else []
+        if spots:
+            torch._foreach_add_(spots, [poison[k] for k in here])
         yield dict(zip(asked, finite.unbind(), strict=True))
-        for spot, value in zip(spots.values(), saved, strict=True):
-            spot.copy_(value)
+        if spots:
+            torch._foreach_copy_(spots, saved)
 
 
 class Visit:
