@@ -1,5 +1,6 @@
 """Many processes that hold the same parameters, as under DistributedDataParallel."""
 
+import copy
 import math
 
 import pytest
@@ -272,3 +273,41 @@ def test_a_group_that_comes_late_moves_no_state():
     train(optimizer, [(W, grads[4:]), (V, grads[4:])])
     for result in ranks.run(3, a_group_that_comes_late):
         assert divergence(result, [W.detach(), V.detach()]) <= 1e-9
+
+
+def one_that_leaves(rank):
+    """Rank 1 raises before it sends anything, and its process ends."""
+    own = parameters((16, 16))
+    optimizer = Shampoo(own, process_group=dist.group.WORLD, **OPTIONS)
+    train(optimizer, [(own[0], gradients((16, 16), 2, torch.float32))])
+    if rank == 1:
+        own[0].grad = torch.ones(16, 16).to_sparse()
+        with pytest.raises(RuntimeError, match="sparse"):
+            optimizer.step()
+        return
+    with pytest.raises(RuntimeError) as raised:
+        optimizer.step()
+    assert "imed out" not in str(raised.value)
+
+
+def test_nobody_waits_for_a_rank_that_has_left():
+    ranks.run(2, one_that_leaves, seconds=60)
+
+
+def copied(rank):
+    """A copy works alone: process groups cannot be copied. With the group again it goes on."""
+    own = parameters((16, 16), dtype=torch.float64)
+    optimizer = Shampoo(own, process_group=dist.group.WORLD, **OPTIONS)
+    grads = gradients((16, 16), 6)
+    train(optimizer, [(own[0], grads[:3])])
+    net, twin = copy.deepcopy((own, optimizer))
+    with pytest.raises(ValueError, match="got absent"):
+        train(twin, [(net[0], grads[3:4])])
+    twin.param_groups[0]["process_group"] = dist.group.WORLD
+    train(twin, [(net[0], grads[3:])])
+    train(optimizer, [(own[0], grads[3:])])
+    return (net[0] - own[0]).abs().max().item()
+
+
+def test_a_copy_goes_on_when_it_is_given_the_process_group_again():
+    assert max(ranks.run(2, copied)) <= 1e-9

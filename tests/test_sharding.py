@@ -69,7 +69,7 @@ def test_owners_are_neighbours_in_every_stack(ranks):
 
 
 def test_a_group_for_every_layer_is_shared_out_as_evenly_as_one(monkeypatch):
-    """Each group goes on where those before it left off; what was given out stays when one joins."""
+    """Each group goes on where those before it left off; what was given out stays."""
     ours = team.Team("a process group", 0, 4, False)
     monkeypatch.setattr(team, "team_of", lambda group: ours if group["process_group"] else None)
     options = {"p": (2, 2), "block_size": 8, "max_dimension": 64, "precondition": True,
@@ -163,3 +163,40 @@ def test_pieces_of_rows_that_a_rank_does_not_have_are_none():
     _, stacks = blocks_of([(8, 8)])
     (blocks,) = stacks.values()
     assert pieces(blocks, [[0, 8, 8]], 1) == []
+
+
+class Work:
+    """A collective of one rank, that is over when waited for."""
+
+    def __init__(self, events, everyone, own):
+        self.events, self.everyone, self.own = events, everyone, own
+        events.append("started")
+
+    def wait(self):
+        self.everyone.copy_(self.own)
+        self.events.append("ended")
+
+
+def test_collectives_run_while_the_next_stacks_are_worked_on(monkeypatch):
+    """Each starts when its stack is done, the last ends after everything; two at most are open."""
+    events = []
+    monkeypatch.setattr(gathering, "GATHER_BYTES", 1)
+    monkeypatch.setattr(
+        gathering, "all_gather", lambda everyone, own, group: Work(events, everyone, own)
+    )
+    shapes = [(4, 4), (8, 4), (6, 4), (8, 2)]
+    cuts, stacks = blocks_of(shapes)
+    keys, runs = zip(*runs_of(stacks, cuts, 1), strict=True)
+    weights = [torch.ones(shape) for shape in shapes]
+    gather = gathering.Gather(
+        gathering.buckets(keys, runs), weights, team.Team(None, rank=0, size=1, sharded=False)
+    )
+    for number, key in enumerate(keys):
+        events.append(f"stack {number}")
+        gather.ready(key)
+    events.append("moments")
+    gather.finish()
+    assert events == [
+        "stack 0", "started", "stack 1", "started", "stack 2", "ended", "started",
+        "stack 3", "ended", "started", "moments", "ended", "ended",
+    ]  # fmt: skip

@@ -46,7 +46,10 @@ class Job:
 
 
 class ShardPlan(Plan):
-    """A Plan for DTensors that are cut along their first dimension."""
+    """A Plan for DTensors that are cut along their first dimension.
+
+    Where the mesh has copies of the shards too, every copy does the same work.
+    """
 
     def __init__(self, group: dict, states: Mapping[Tensor, dict], share: Share) -> None:
         super().__init__(group, states, share)
@@ -141,9 +144,11 @@ class ShardPlan(Plan):
         saved = list(torch._foreach_mul(spots, 1)) if spots else []
         if spots:
             torch._foreach_add_(spots, [poison[k] for k in here])
-        yield dict(zip(asked, finite.unbind(), strict=True))
-        if spots:
-            torch._foreach_copy_(spots, saved)
+        try:
+            yield dict(zip(asked, finite.unbind(), strict=True))
+        finally:
+            if spots:
+                torch._foreach_copy_(spots, saved)
 
 
 class Visit:
