@@ -59,8 +59,8 @@ def mesh_of(*sizes, names=None):
     return dist.device_mesh.init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
 
-def trained(mesh, dtype=torch.float64, placements=None, missing=None, **changes):
-    """(parameters, states), whole; `missing` is (rank, parameter) without gradient in step BAD."""
+def trained(mesh, dtype=torch.float64, placements=None, **changes):
+    """(parameters, states), the parameters whole."""
     values = [p.detach() for p in parameters(*SHAPES, dtype=dtype)]
     own = [nn.Parameter(p) for p in sharded(values, mesh, placements)]
     optimizer = Shampoo(own, **OPTIONS)
@@ -68,12 +68,7 @@ def trained(mesh, dtype=torch.float64, placements=None, missing=None, **changes)
         (p, sharded(grads, mesh, placements))
         for p, grads in zip(own, series(dtype, **changes), strict=True)
     ]
-    if missing and missing[0] == dist.get_rank():
-        pairs[missing[1]][1][BAD] = None
     train(optimizer, pairs)
-    for p, grads in pairs:
-        if grads[BAD] is not None and not grads[BAD].to_local().isnan().any():
-            assert torch.equal(p.grad.to_local(), grads[-1].to_local())
     return [p.detach().full_tensor() for p in own], [optimizer.state[p] for p in own]
 
 
@@ -106,6 +101,31 @@ def of_a_step(mesh):
     return largest.bytes
 
 
+def with_missing_gradients(rank, mesh):
+    """(weights before and after a step in which rank 1 lacks two gradients, owners of a matrix)."""
+    own = [nn.Parameter(p) for p in sharded([p.detach() for p in parameters(*SHAPES)], mesh)]
+    optimizer = Shampoo(own, **OPTIONS)
+    grads = [sharded(gradients(p.shape, 3, torch.float32), mesh) for p in own]
+    train(optimizer, [(p, g[:2]) for p, g in zip(own, grads, strict=True)])
+    before = [p.detach().full_tensor().clone() for p in own]
+    missing = (5, 1) if rank == 1 else ()
+    train(optimizer, [
+        (p, [None if i in missing else g[2]])
+        for i, (p, g) in enumerate(zip(own, grads, strict=True))
+    ])  # fmt: skip
+    return before, [p.detach().full_tensor() for p in own], optimizer._shares[0].owners[own[5]]
+
+
+def gradients_are_left_as_they_were(mesh):
+    """Of a vector that is not finite in the last row."""
+    (vector,) = (nn.Parameter(p) for p in sharded([torch.ones(5)], mesh))
+    for bad in (math.nan, math.inf):
+        vector.grad = sharded([torch.tensor([-0.0, 1, 2, 3, bad])], mesh)[0]
+        before = vector.grad.to_local().clone()
+        Shampoo([vector]).step()
+        assert torch.equal(before.view(torch.int32), vector.grad.to_local().view(torch.int32))
+
+
 def in_all_ways(rank, world):
     mesh = mesh_of(world)
     whole, usual = of_a_step(mesh), stacks.PART_BYTES
@@ -113,6 +133,7 @@ def in_all_ways(rank, world):
     small, parts = of_a_step(mesh), trained(mesh)[0]
     stacks.PART_BYTES = usual
     weights, states = trained(mesh)
+    gradients_are_left_as_they_were(mesh)
     return {
         "float64": weights,
         "moments": [[s[n].full_tensor() for n in ("exp_avg", "exp_avg_sq")] for s in states],
@@ -123,7 +144,7 @@ def in_all_ways(rank, world):
         "float32": trained(mesh, torch.float32)[0],
         "bfloat16": trained(mesh, torch.bfloat16)[0],
         "bad": trained(mesh, torch.float32, bad=True)[0],
-        "missing": trained(mesh, missing=(1, 5))[0],
+        "missing": with_missing_gradients(rank, mesh),
     }
 
 
@@ -192,15 +213,22 @@ def test_every_state_of_a_block_is_with_one_rank_and_all_is_there(results):
         assert sum(result["held"][number] for result in results) == math.prod(shape)
 
 
-def test_a_parameter_without_gradient_on_one_rank_stands_still_where_that_rank_has_rows(results):
-    for result in results:
-        assert all(map(torch.equal, result["missing"], results[0]["missing"]))
-        assert all(p.isfinite().all() for p in result["missing"])
-    agree = [
-        torch.allclose(a, b, rtol=0, atol=1e-9)
-        for a, b in zip(results[0]["missing"], alone()[0], strict=True)
-    ]
-    assert agree == [number != 5 for number in range(len(SHAPES))]
+def test_a_block_stands_still_when_a_rank_with_rows_of_it_or_its_owner_has_no_gradient(results):
+    """In the matrix (21, 6) that rank 1 misses, in rows of 7; everything else moves."""
+    before, after, owner = results[0]["missing"]
+    part = -(-21 // len(results))
+    for block in range(3):
+        rows = slice(7 * block, 7 * block + 7)
+        theirs = range(max(rows.start, part), min(rows.stop, 2 * part))
+        still = bool(theirs) or owner[block] == 1
+        assert torch.equal(before[5][rows], after[5][rows]) == still
+    assert any(torch.equal(before[5][r : r + 7], after[5][r : r + 7]) for r in (0, 7, 14))
+    for number in range(len(SHAPES)):
+        if number not in (5, 1):
+            assert not torch.equal(before[number], after[number])
+    assert torch.equal(before[1], after[1])
+    for result in results[1:]:
+        assert all(map(torch.equal, result["missing"][1], after))
 
 
 def hybrid(rank):
