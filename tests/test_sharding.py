@@ -154,8 +154,9 @@ def test_every_element_of_every_block_travels_once_and_both_ends_agree(ranks, mo
         assert set(arrived.values()) == {1}
         assert len(arrived) == sum(len(run) for run in runs) * key.m
         sizes = [
-            sum(p.numel() for pieces in chunk.sends for p in pieces) for one in own for chunk in one
-        ]
+            sum(p.numel() for pieces in way for p in pieces)
+            for one in own for chunk in one for way in (chunk.sends, chunk.receives)
+        ]  # fmt: skip
         assert max(sizes) <= most or max(len(c.blocks) for one in own for c in one) == 1
 
 
