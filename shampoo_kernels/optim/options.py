@@ -10,6 +10,7 @@ from torch import Tensor
 from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops.common import PRECISIONS
 from shampoo_kernels.ops.inverse_root import METHODS, inverse_root
+from shampoo_kernels.optim.team import is_process_group
 
 STATISTICS = ("shampoo",)
 GRAFTS = ("adam", None)
@@ -49,7 +50,6 @@ def checked(group: dict) -> dict:
         ("root_method", METHODS),
         ("precision", PRECISIONS),
         ("root_dtype", ROOT_DTYPES),
-        ("process_group", (None,)),
     ):
         _require(
             any(group[name] is o or group[name] == o for o in allowed),
@@ -57,6 +57,12 @@ def checked(group: dict) -> dict:
             " or ".join(map(repr, allowed)),
             group[name],
         )
+    _require(
+        group["process_group"] is None or is_process_group(group["process_group"]),
+        "process_group",
+        "None or a torch.distributed.ProcessGroup that this process is a member of",
+        group["process_group"],
+    )
     for name in FLAGS:
         _require(isinstance(group[name], bool), name, "True or False", group[name])
     plain = {name: plain.get(name, group[name]) for name in NAMES}

@@ -1,16 +1,15 @@
 """What one param group needs for a step: its stacks, and its tensors seen as matrices."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from shampoo_kernels.optim.blocks import Cut
 from shampoo_kernels.optim.stacks import MOMENTS, build, cut_parameter
 from shampoo_kernels.optim.state import check_state
+from shampoo_kernels.optim.team import STRUCTURE, Share, is_dtensor
 from shampoo_kernels.optim.update import Inputs, step_
-
-# The options that decide what the state of a parameter looks like.
-STRUCTURE = ("p", "block_size", "max_dimension", "precondition", "root_dtype", "capturable")
 
 
 def check_gradients(group: dict) -> None:
@@ -25,8 +24,11 @@ def check_gradients(group: dict) -> None:
             raise RuntimeError(
                 f"Shampoo: parameters must be real and floating, got {parameter.dtype}"
             )
-        if hasattr(parameter, "device_mesh"):
-            raise RuntimeError("Shampoo: DTensor parameters are not supported yet")
+        if is_dtensor(parameter) and parameter.grad.placements != parameter.placements:
+            raise RuntimeError(
+                "Shampoo: the gradient of a DTensor must be placed like it, as "
+                f"{parameter.placements}, got {parameter.grad.placements}"
+            )
         if group["capturable"] and parameter.device.type in ("cpu", "mps"):
             raise RuntimeError(
                 "Shampoo: capturable=True needs parameters on an accelerator, got one on "
@@ -34,68 +36,129 @@ def check_gradients(group: dict) -> None:
             )
 
 
-def check_states(group: dict, states: Mapping[Tensor, dict]) -> None:
+def check_states(group: dict, states: Mapping[Tensor, dict], share: Share | None) -> None:
     """Refuse a state that does not hold what the options of its group ask for."""
-    for parameter in _stepped(group, states):
-        check_state(parameter, states.get(parameter, {}), group)
+    for parameter in members(group, states, share):
+        state = states.get(parameter, {})
+        if share is not None and state:
+            _check_own_blocks(parameter, state, share)
+        check_state(parameter, state, group, share.others(parameter) if share else ())
+
+
+def _check_own_blocks(parameter: Tensor, state: Mapping, share: Share) -> None:
+    for index, rank in enumerate(share.owners[parameter]):
+        if rank == share.team.rank and f"block_step.{index}" not in state:
+            raise ValueError(
+                f"Shampoo: rank {rank} of {share.team.size} owns block {index} of a parameter "
+                f"{tuple(parameter.shape)}, and the state has none of it; state_dict() holds the "
+                "blocks of one rank, and torch.distributed.checkpoint brings those of all"
+            )
+
+
+def members(group: dict, states: Mapping[Tensor, dict], share: Share | None) -> list[Tensor]:
+    """Parameters with a gradient now or earlier; where ranks share the work, all that can have one.
+
+    Ranks must not wait for each other's blocks of different parameters.
+    """
+    return [
+        parameter
+        for parameter in dict.fromkeys(group["params"])
+        if parameter.grad is not None
+        or states.get(parameter)
+        or (share is not None and parameter.requires_grad)
+    ]
 
 
 class Plan:
     """The stacks of a param group, whose states were checked; valid while `fits` says so."""
 
-    def __init__(self, group: dict, states: Mapping[Tensor, dict]) -> None:
-        self.parameters = _stepped(group, states)
+    def __init__(
+        self, group: dict, states: Mapping[Tensor, dict], share: Share | None = None
+    ) -> None:
+        self.share = share
+        self.parameters = members(group, states, share)
         self.structure = _structure(group, self.parameters)
+        self.cuts = self._cuts(group)
+        self.shapes = [one.matrix for one in self.cuts]
         own = [states[parameter] for parameter in self.parameters]
-        self.stacks = build(self.parameters, own, group)
-        self.shapes = [cut_parameter(parameter, group).matrix for parameter in self.parameters]
+        others = [share.others(parameter) for parameter in self.parameters] if share else None
+        self.stacks = build(self.parameters, own, group, self.cuts, others)
         self.step_tensors = [state["step"] for state in own]
         self.steps = [int(step) for step in self.step_tensors]
         self.moments = [[state[name] for state in own] for name in MOMENTS]
 
-    def fits(self, group: dict, states: Mapping[Tensor, dict]) -> bool:
+    def fits(self, group: dict, states: Mapping[Tensor, dict], share: Share | None) -> bool:
         """No parameter joined, and neither options nor state tensors were replaced."""
-        parameters = _stepped(group, states)
-        return _structure(group, parameters) == self.structure and all(
-            states[parameter].get(MOMENTS[0]) is exp_avg
-            for parameter, exp_avg in zip(parameters, self.moments[0], strict=True)
+        parameters = members(group, states, share)
+        return (
+            share is self.share
+            and _structure(group, parameters) == self.structure
+            and all(
+                states[parameter].get(MOMENTS[0]) is exp_avg
+                for parameter, exp_avg in zip(parameters, self.moments[0], strict=True)
+            )
         )
 
     def step_(self, group: dict, position: int) -> int:
         """Step every stack; `position` counts the blocks with a factor before and after it."""
+        inputs = self._inputs()
+        for stack in self.stacks:
+            step_(stack, inputs, group, position + stack.first)
+            position += stack.total if stack.key.sides else 0
+        self._write_back(inputs.weights, inputs.grads)
+        return position
+
+    def _cuts(self, group: dict) -> list[Cut]:
+        return [cut_parameter(parameter, group) for parameter in self.parameters]
+
+    def _inputs(self) -> Inputs:
+        """Everything as matrices, and one more gradient seen."""
         grads = {
-            i: parameter.grad.reshape(shape)
+            i: self._held(parameter.grad).reshape(shape)
             for i, (parameter, shape) in enumerate(zip(self.parameters, self.shapes, strict=True))
             if parameter.grad is not None
         }
-        if grads:
-            torch._foreach_add_([self.step_tensors[i] for i in grads], 1)
-        for i in grads:
-            self.steps[i] += 1
-        weights = self._matrices(self.parameters)
-        inputs = Inputs(
-            weights=weights,
+        self._count(grads)
+        return Inputs(
+            weights=self._matrices(self.parameters),
             grads=grads,
             exp_avgs=self._matrices(self.moments[0]),
             exp_avg_sqs=self._matrices(self.moments[1]),
             steps=self.steps,
         )
-        for stack in self.stacks:
-            step_(stack, inputs, group, position)
-            position += len(stack.blocks) if stack.key.sides else 0
-        for i in grads:
-            if weights[i].data_ptr() != self.parameters[i].data_ptr():  # no matrix is a view of it
-                self.parameters[i].copy_(weights[i].view(self.parameters[i].shape))
-        return position
+
+    def _count(self, stepped: Collection[int]) -> None:
+        if stepped:
+            torch._foreach_add_([self.step_tensors[i] for i in stepped], 1)
+        for i in stepped:
+            self.steps[i] += 1
+
+    def _write_back(self, weights: list[Tensor], stepped: Iterable[int]) -> None:
+        for i in stepped:
+            held = self._held(self.parameters[i])
+            if weights[i].data_ptr() != held.data_ptr():  # no matrix is a view of it
+                held.copy_(weights[i].view(held.shape))
 
     def _matrices(self, tensors: list[Tensor]) -> list[Tensor]:
         """Views (M, N), or copies where the strides (channels_last, say) allow no view."""
-        return [tensor.reshape(shape) for tensor, shape in zip(tensors, self.shapes, strict=True)]
+        return [
+            self._held(tensor).reshape(shape)
+            for tensor, shape in zip(tensors, self.shapes, strict=True)
+        ]
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        """What this process has of a parameter, its gradient or its moments."""
+        return tensor
 
     def check_capture(self, group: dict) -> None:
         """A graph repeats one step: all gradients, past start_step, and every root in each step."""
         if not self.parameters:
             return
+        if self.share is not None:
+            raise RuntimeError(
+                "Shampoo: capturing step() in a CUDA graph needs a process that works alone, got "
+                f"one of {self.share.team.size} that share the blocks"
+            )
         if not group["capturable"]:
             raise RuntimeError("Shampoo: capturing step() in a CUDA graph needs capturable=True")
         complete = all(parameter.grad is not None for parameter in self.parameters)
@@ -106,15 +169,6 @@ class Plan:
                 f"every parameter, and start_step ({group['start_step']}) steps made before; "
                 f"got refresh_every={group['refresh_every']} after {min(self.steps)} steps"
             )
-
-
-def _stepped(group: dict, states: Mapping[Tensor, dict]) -> list[Tensor]:
-    """Parameters with a gradient now or earlier."""
-    return [
-        parameter
-        for parameter in dict.fromkeys(group["params"])
-        if parameter.grad is not None or states.get(parameter)
-    ]
 
 
 def _structure(group: dict, parameters: list[Tensor]) -> tuple:

@@ -1,5 +1,6 @@
 """What torch.optim's state_dict and load_state_dict need on top, through their own hooks."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,14 @@ from torch import Tensor
 
 from shampoo_kernels.optim import options
 from shampoo_kernels.optim.state import check_state
+from shampoo_kernels.optim.team import team_of
 
 # Of the state's layout; every param group carries it. In version 1 a root that had not been
 # computed was the identity, and long sides were split into other pieces.
 VERSION = 2
 OLD_VERSIONS = (1,)
+
+ANY = range(sys.maxsize)  # block
 
 
 def cloned(states: Mapping) -> dict:
@@ -37,10 +41,15 @@ def _without_identity(name: str, value: Any) -> Any:
 
 @contextmanager
 def copying_tensors(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Let state_dict() give copies: saving a view would save the whole stack behind it."""
+    """Let state_dict() give copies: saving a view would save the whole stack behind it.
+
+    Process groups, which cannot be saved, stay out.
+    """
 
     def copy(_: torch.optim.Optimizer, state_dict: dict) -> None:
         state_dict["state"] = cloned(state_dict["state"])
+        for group in state_dict["param_groups"]:
+            group["process_group"] = None
 
     handle = optimizer.register_state_dict_post_hook(copy, prepend=True)
     try:
@@ -54,15 +63,18 @@ def keeping_dtypes(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Let load_state_dict() check the state first, and take floating tensors as they were saved.
 
     torch.optim casts them to the dtype of the parameter, which ruins float32 state of bfloat16
-    parameters.
+    parameters. Process groups stay what they are.
     """
     loaded: dict = {}
+    process_groups = [group["process_group"] for group in optimizer.param_groups]
 
     def capture(_: torch.optim.Optimizer, state_dict: dict) -> dict:
         loaded.update(_current(optimizer, state_dict))
         return loaded
 
     def restore(_: torch.optim.Optimizer) -> None:
+        for group, process_group in zip(optimizer.param_groups, process_groups, strict=True):
+            group["process_group"] = process_group
         for parameter, state in _saved(optimizer, loaded):
             kept = optimizer.state[parameter]
             for name, value in state.items():
@@ -106,10 +118,12 @@ def _current(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
         if "params" not in saved:
             raise ValueError("Shampoo: a loaded param group must hold 'params', got "
                              f"{sorted(map(str, saved))}")  # fmt: skip
-        plain = options.checked({**optimizer.defaults, **saved})
+        alone = {"process_group": None}  # the group's own comes back later: torch.optim copies deep
+        plain = options.checked({**optimizer.defaults, **saved, **alone})
+        others = ANY if team_of(group) else ()  # which ones are not here, a step will know
         for parameter, key in zip(group["params"], saved["params"], strict=False):
             if key in states:
-                check_state(parameter, states[key], plain)
+                check_state(parameter, states[key], plain, others)
                 if version in OLD_VERSIONS:
                     states[key] = upgraded(states[key])
         groups.append({**saved, **plain, "version": VERSION})

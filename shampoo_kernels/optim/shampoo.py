@@ -2,13 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim import options, saving
-from shampoo_kernels.optim.plan import Plan, check_gradients, check_states
+from shampoo_kernels.optim import options, plans, saving
+from shampoo_kernels.optim.plan import Plan, check_gradients, check_states, members
+from shampoo_kernels.optim.team import Share, agree, description, shares
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Shampoo(torch.optim.Optimizer):
@@ -47,7 +51,10 @@ class Shampoo(torch.optim.Optimizer):
         root_dtype: dtype in which the roots are kept, torch.float64, float32 or bfloat16; None is
             that of the statistics.
         precondition: False runs AdamW.
-        process_group: None; sharing the work over processes is not supported yet.
+        process_group: the processes that hold the same parameters and gradients (as under
+            DistributedDataParallel) and share the blocks out among themselves; None: every process
+            works for itself, whether torch.distributed is initialised or not, since equal shapes do
+            not mean equal models. DTensors (fully_shard) are shared out over their own mesh.
 
     A block with a gradient that is not finite (or whose squares overflow) stands still: weights,
     moments, statistics, roots and its step count keep their values. A parameter without gradient
@@ -56,11 +63,21 @@ class Shampoo(torch.optim.Optimizer):
     something to compute it from, on a GPU when its turn comes. With graft=None it waits for it.
     Tensors with dimensions beyond two are seen as first x all others.
 
+    With many processes a block belongs to the rank that has least to do (the dearest come first).
+    It alone has statistics and roots, steps the block, and sends the new weights to the others:
+    copies are equal to the bit. Moments are where the parameter is: whole on every rank, or a
+    DTensor like it. The owner's gradient counts: where it has none the block stands still. A block
+    of a DTensor moves only when every rank with rows of it has a gradient. All ranks must have the
+    same param groups and call step() alike. Every rank's state_dict() holds its own blocks;
+    torch.distributed.checkpoint takes the state to any number of ranks.
+
     Raises:
         ValueError: an option that is not allowed, at construction, in add_param_group and, if it
-            was changed, at a step;
-        RuntimeError: sparse gradients, DTensors, parameters that are not real and floating, or
-            capturable=True without an accelerator, at a step. A step that raises changes nothing.
+            was changed, at a step; process_group with DTensors; the state of other ranks' blocks;
+        RuntimeError: sparse gradients, parameters that are not real and floating, capturable=True
+            without an accelerator, DTensors in other placements than fully_shard's, or param groups
+            that differ between the ranks (on all of them), at a step. A step that raises changes
+            nothing.
 
     Sources: Gupta, Koren, Singer 2018 (arXiv 1802.09568); Morwani et al. 2024 (arXiv 2406.17748),
     H ≈ L ⊗ R / tr L; grafting: Anil et al. 2020 (arXiv 2002.09018); AdamW: arXiv 1711.05101.
@@ -90,11 +107,13 @@ class Shampoo(torch.optim.Optimizer):
         capturable: bool = False,
         root_dtype: torch.dtype | None = None,
         precondition: bool = True,
-        process_group: None = None,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         defaults = options.checked(dict(locals()))
         self._plans: dict[int, Plan] = {}
         self._checked: dict[int, tuple] = {}
+        self._shares: dict[int, Share] = {}
+        self._agreed: dict[int, tuple] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -104,13 +123,20 @@ class Shampoo(torch.optim.Optimizer):
         super().add_param_group({**param_group, "version": saving.VERSION})
 
     def __getstate__(self) -> dict:
-        """As in torch.optim, with copies of the tensors: a view would take its stack along."""
-        state = super().__getstate__()
-        return {**state, "state": defaultdict(dict, saving.cloned(state["state"]))}
+        """As in torch.optim, with copies of the tensors: a view would take its stack along.
+
+        Process groups stay behind: they can be neither copied nor pickled.
+        """
+        state, alone = super().__getstate__(), {"process_group": None}
+        return {
+            "defaults": {**state["defaults"], **alone},
+            "state": defaultdict(dict, saving.cloned(state["state"])),
+            "param_groups": [{**group, **alone} for group in state["param_groups"]],
+        }
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._plans, self._checked = {}, {}
+        self._plans, self._checked, self._shares, self._agreed = {}, {}, {}, {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -176,15 +202,30 @@ class Shampoo(torch.optim.Optimizer):
 
     def _make_plans(self) -> None:
         """How to step each group, anew when it or its state are no longer what they were."""
+        self._shares = shares(self.param_groups, self._shares)
         stale = {
             number: group
             for number, group in enumerate(self.param_groups)
-            if number not in self._plans or not self._plans[number].fits(group, self.state)
+            if number not in self._plans
+            or not self._plans[number].fits(group, self.state, self._shares.get(number))
         }
-        for group in stale.values():
-            check_states(group, self.state)
+        for number in stale:
+            self._agree(number)
         for number, group in stale.items():
-            self._plans[number] = Plan(group, self.state)
+            check_states(group, self.state, self._shares.get(number))
+        for number, group in stale.items():
+            self._plans[number] = plans.make(group, self.state, self._shares.get(number))
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             for number, group in enumerate(self.param_groups):
                 self._plans[number].check_capture(group)
+
+    def _agree(self, number: int) -> None:
+        """Let the ranks that share a group see that it is the same, at first and after changes."""
+        share = self._shares.get(number)
+        if share is None:
+            return
+        own = members(self.param_groups[number], self.state, share)
+        now = (share.signature, *map(id, own))
+        if now != self._agreed.get(number):
+            agree(share.team, number, description(number, self.param_groups, own))
+            self._agreed[number] = now

@@ -7,7 +7,8 @@ computed yet is zero, which no inverse root is.
 """
 
 import itertools
-from collections.abc import Container, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +28,10 @@ Matrices = Sequence[Tensor] | Mapping[int, Tensor]  # by parameter
 
 @dataclass
 class Stack:
-    """All blocks of one shape among `parameters`, and their state as stacks."""
+    """All blocks of one shape among `parameters`, and their state as stacks.
+
+    Where ranks share the blocks, those of this one: `total` in all, from number `first` on.
+    """
 
     key: StackKey
     blocks: list[Block]
@@ -36,8 +40,11 @@ class Stack:
     steps: Tensor  # (B,)
     statistic: dict[str, Tensor] = field(default_factory=dict)  # side: (B, d, d)
     root: dict[str, Tensor] = field(default_factory=dict)  # side: (B, d, d)
+    first: int = 0
+    total: int = 0
 
     def __post_init__(self) -> None:
+        self.total = self.total or len(self.blocks)
         self.parameters = sorted({block.parameter for block in self.blocks})
 
     def dimension(self, side: str) -> int:
@@ -58,7 +65,7 @@ class Stack:
         count = max(1, PART_BYTES // (self.key.m * self.key.n * self.dtype.itemsize))
         for start, stop in self._runs(present):
             for first in range(start, stop, count):
-                yield first, self._part(slice(first, min(first + count, stop)))
+                yield first, self.part(slice(first, min(first + count, stop)))
 
     def _runs(self, present: Container[int]) -> Iterator[tuple[int, int]]:
         if all(parameter in present for parameter in self.parameters):
@@ -71,7 +78,7 @@ class Stack:
                 yield start, stop
             start = stop
 
-    def _part(self, part: slice) -> "Stack":
+    def part(self, part: slice) -> "Stack":
         if part == slice(0, len(self.blocks)):
             return self
         statistic, root = (
@@ -117,25 +124,33 @@ def cut_parameter(parameter: Tensor, group: dict) -> Cut:
     return cut(parameter.shape, p, group["block_size"], group["max_dimension"])
 
 
-def build(parameters: Sequence[Tensor], states: Sequence[dict], group: dict) -> list[Stack]:
+def build(
+    parameters: Sequence[Tensor], states: Sequence[dict], group: dict, cuts: Sequence[Cut],
+    others: Sequence[Collection[int]] | None = None,
+) -> list[Stack]:  # fmt: skip
     """Make the stacks of `parameters`, fill them from `states`, and leave views of them there.
 
-    A state is empty, which is new, or holds what `check_state` wants.
+    A state is empty, which is new, or holds what `check_state` wants. Blocks in
+    others[parameter] belong to other ranks: there is no state of them, and what is there goes.
     """
     for parameter, state in zip(parameters, states, strict=True):
         _start_state(state, parameter, group["capturable"])
-    cuts = [cut_parameter(parameter, group) for parameter in parameters]
     # one dtype a stack, so that a gradient meets the same Gram kernel in whatever company
     places = [(parameter.dtype, parameter.device) for parameter in parameters]
     stacks = []
     for key, blocks in stack_blocks(cuts, places).items():
-        stack = _empty_stack(key, blocks, group["root_dtype"])
+        mine = [others is None or b.index not in others[b.parameter] for b in blocks]
+        own = list(itertools.compress(blocks, mine))
+        stack = _empty_stack(key, own, group["root_dtype"])
+        stack.first, stack.total = mine.index(True) if own else 0, len(blocks)
         for name, tensor in stack.tensors():
-            for block, view in zip(blocks, tensor.unbind(), strict=True):
+            for block, view in zip(own, tensor.unbind(), strict=True):
                 state, name_in_state = states[block.parameter], f"{name}.{block.index}"
                 if name_in_state in state:
                     view.copy_(state[name_in_state])
                 state[name_in_state] = view
+            for block in itertools.compress(blocks, map(operator.not_, mine)):
+                states[block.parameter].pop(f"{name}.{block.index}", None)
         stacks.append(stack)
     return stacks
 
@@ -148,8 +163,8 @@ def _start_state(state: dict, parameter: Tensor, capturable: bool) -> None:
     for name in MOMENTS:
         dtype = state_dtype(parameter.dtype)
         moment = state.get(name)
-        if moment is None:
-            moment = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        if moment is None:  # a DTensor for a DTensor
+            moment = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         state[name] = moment.to(parameter.device, dtype).contiguous()
 
 

@@ -1,6 +1,6 @@
 """What the state of a parameter holds; every tensor's name and shape."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from torch import Tensor
 
@@ -20,19 +20,32 @@ def state_shapes(parameter: Tensor, one: Cut) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_state(parameter: Tensor, state: Mapping, group: dict) -> None:
-    """ValueError unless `state` is empty or holds what the options of `group` ask for."""
+def check_state(
+    parameter: Tensor, state: Mapping, group: dict, others: Container[int] = ()
+) -> None:
+    """ValueError unless `state` is empty or holds what the options of `group` ask for.
+
+    Blocks in `others` belong to other ranks: their state may be absent.
+    """
     if not state:
         return
     expected = state_shapes(parameter, cut_parameter(parameter, group))
     for name in sorted(expected.keys() | state.keys(), key=str):
         wanted, given = _words(expected.get(name)), _described(state.get(name))
+        if name not in state and _block(name) in others:
+            continue
         if wanted != given:
             raise ValueError(
                 f"Shampoo: state {name!r} of a parameter {tuple(parameter.shape)} must be "
                 f"{wanted}, got {given}; p, block_size, max_dimension and precondition cannot "
                 "change once there is state"
             )
+
+
+def _block(name: str) -> int:
+    """The block whose state has this name; -1 where it is of the whole parameter."""
+    number = name.rpartition(".")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def _described(value: object) -> str:

@@ -45,6 +45,16 @@ def step_(stack: Stack, inputs: Inputs, group: dict, position: int) -> None:
         _apply_(part, inputs.weights, update, scale, moves, group)
 
 
+def follow_(stack: Stack, inputs: Inputs, group: dict) -> None:
+    """Bring the moments of blocks along that another rank steps, from the same gradient."""
+    for _, part in stack.parts(inputs.grads):
+        grad, moves = _look(part.pack(inputs.grads), group["maximize"])
+        averages = part.pack(inputs.exp_avgs), part.pack(inputs.exp_avg_sqs)
+        moments.update_(*averages, grad.to(part.dtype), moves, group["betas"])
+        part.unpack_(inputs.exp_avgs, averages[0])
+        part.unpack_(inputs.exp_avg_sqs, averages[1])
+
+
 def _look(grad: Tensor, maximize: bool) -> tuple[Tensor, Tensor]:
     """The gradient (b, m, n) to minimise by, and moves (b,): 1, or 0 in blocks that are not finite.
 

@@ -1,0 +1,17 @@
+"""Which kind of plan a param group gets."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from shampoo_kernels.optim.plan import Plan
+from shampoo_kernels.optim.replicas import ReplicaPlan
+from shampoo_kernels.optim.shards import ShardPlan
+from shampoo_kernels.optim.team import Share
+
+
+def make(group: dict, states: Mapping[Tensor, dict], share: Share | None) -> Plan:
+    """For one process alone, for one of those that hold all the same, or some rows each."""
+    if share is None:
+        return Plan(group, states)
+    return (ShardPlan if share.team.sharded else ReplicaPlan)(group, states, share)
