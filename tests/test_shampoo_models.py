@@ -6,7 +6,7 @@ from torch import nn
 from training import gradients, parameters, train
 
 from shampoo_kernels import Shampoo
-from shampoo_kernels.optim import factors
+from shampoo_kernels.optim import statistics
 
 
 def test_convolutions_in_any_memory_format():
@@ -57,9 +57,9 @@ def test_low_precision_weights_are_rounded_once_from_float32(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_read_16_bit_gradients_as_they_are(monkeypatch, dtype):
     """Products are exact and sums float32, so that L is that of float32 gradients to rounding."""
-    seen, real = [], factors.gram_ema_
+    seen, real = [], statistics.gram_ema_
     monkeypatch.setattr(
-        factors, "gram_ema_", lambda stat, grad, *a, **k: seen.append(grad.dtype) or real(
+        statistics, "gram_ema_", lambda stat, grad, *a, **k: seen.append(grad.dtype) or real(
             stat, grad, *a, **k)
     )  # fmt: skip
     W, V = parameters((64, 48), dtype=dtype)[0], parameters((64, 48))[0]

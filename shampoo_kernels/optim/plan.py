@@ -1,16 +1,14 @@
 """What one param group needs for a step: its stacks, and its tensors seen as matrices."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim.stacks import MOMENTS, build, cut_parameter
+from shampoo_kernels.optim.layout import MOMENTS, STRUCTURE, moment_names
+from shampoo_kernels.optim.stacks import build, cut_parameter
 from shampoo_kernels.optim.state import check_state
 from shampoo_kernels.optim.update import Inputs, step_
-
-# The options that decide what the state of a parameter looks like.
-STRUCTURE = ("p", "block_size", "max_dimension", "precondition", "root_dtype", "capturable")
 
 
 def check_gradients(group: dict) -> None:
@@ -51,7 +49,7 @@ class Plan:
         self.shapes = [cut_parameter(parameter, group).matrix for parameter in self.parameters]
         self.step_tensors = [state["step"] for state in own]
         self.steps = [int(step) for step in self.step_tensors]
-        self.moments = [[state[name] for state in own] for name in MOMENTS]
+        self.moments = [[state[name] for state in own] for name in moment_names(group)]
 
     def fits(self, group: dict, states: Mapping[Tensor, dict]) -> bool:
         """No parameter joined, and neither options nor state tensors were replaced."""
@@ -61,8 +59,8 @@ class Plan:
             for parameter, exp_avg in zip(parameters, self.moments[0], strict=True)
         )
 
-    def step_(self, group: dict, position: int) -> int:
-        """Step every stack; `position` counts the blocks with a factor before and after it."""
+    def step_(self, group: dict, positions: Sequence[int]) -> None:
+        """Step every stack, whose place among all is in `positions`: see `turns.positions`."""
         grads = {
             i: parameter.grad.reshape(shape)
             for i, (parameter, shape) in enumerate(zip(self.parameters, self.shapes, strict=True))
@@ -77,16 +75,14 @@ class Plan:
             weights=weights,
             grads=grads,
             exp_avgs=self._matrices(self.moments[0]),
-            exp_avg_sqs=self._matrices(self.moments[1]),
+            exp_avg_sqs=self._matrices(self.moments[1]) if len(self.moments) > 1 else None,
             steps=self.steps,
         )
-        for stack in self.stacks:
+        for stack, position in zip(self.stacks, positions, strict=True):
             step_(stack, inputs, group, position)
-            position += len(stack.blocks) if stack.key.sides else 0
         for i in grads:
             if weights[i].data_ptr() != self.parameters[i].data_ptr():  # no matrix is a view of it
                 self.parameters[i].copy_(weights[i].view(self.parameters[i].shape))
-        return position
 
     def _matrices(self, tensors: list[Tensor]) -> list[Tensor]:
         """Views (M, N), or copies where the strides (channels_last, say) allow no view."""
