@@ -106,7 +106,7 @@ def _current(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
         if "params" not in saved:
             raise ValueError("Shampoo: a loaded param group must hold 'params', got "
                              f"{sorted(map(str, saved))}")  # fmt: skip
-        plain = options.checked({**optimizer.defaults, **saved})
+        plain = options.checked({**optimizer.defaults, **options.ADDED, **saved})
         for parameter, key in zip(group["params"], saved["params"], strict=False):
             if key in states:
                 check_state(parameter, states[key], plain)
