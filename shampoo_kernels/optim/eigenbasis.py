@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shampoo_kernels.ops.inverse_root import RootStatus
 from shampoo_kernels.ops.orthogonal_iteration import orthogonal_iteration
 from shampoo_kernels.ops.precondition import precondition
 from shampoo_kernels.optim.blocks import LEFT, RIGHT
@@ -99,6 +100,9 @@ def _refresh_side_(
         stack.root[side].dtype
     )
     stack.extra[f"{side}_values"][part] = torch.where(good[:, None], values, known[local])
+    stack.status[side][part] = torch.where(
+        good, RootStatus.CONVERGED.value, RootStatus.KEPT_PREVIOUS.value
+    ).to(torch.int8)
     return turn
 
 

@@ -59,6 +59,7 @@ def refresh_roots_(stack: Stack, due: Sequence[int], moves: Tensor, group: dict)
                 previous=stack.root[side][part].to(stack.dtype),
             )
             stack.root[side][part] = result.root.to(stack.root[side].dtype)
+            stack.status[side][part] = result.status
 
 
 def _scale(stack: Stack, side: str, part: slice | Tensor, group: dict) -> Tensor:

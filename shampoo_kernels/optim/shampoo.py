@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim import options, saving, turns
+from shampoo_kernels.optim import metrics, options, saving, turns
 from shampoo_kernels.optim.plan import Plan, check_gradients, check_states
 
 
@@ -183,6 +183,15 @@ class Shampoo(torch.optim.Optimizer):
         for plan, group, own in zip(plans, self.param_groups, positions, strict=True):
             plan.step_(group, own)
         return loss
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What became of the blocks of this process: see `metrics.metrics`; all 0 before a step.
+
+        Tensors () on the device of the blocks: nothing waits until they are read. Roots computed
+        before loading, copying or a late parameter are counted again with their next refresh.
+        """
+        plans = self._plans.values()
+        return metrics.metrics((stack, plan.steps) for plan in plans for stack in plan.stacks)
 
     def state_dict(self) -> dict:
         """As in torch.optim, except that the tensors are copies: a snapshot."""

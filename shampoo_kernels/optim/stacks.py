@@ -38,6 +38,8 @@ class Stack:
     root: dict[str, Tensor] = field(default_factory=dict)  # side: (B, d, d); or the basis
     extra: dict[str, Tensor] = field(default_factory=dict)  # name: (B, ...)
     kept: dict[str, str] = field(default_factory=dict)  # side: the state's name of `root`
+    # side: (B,) int8, the RootStatus of the last refresh, -1 before; no part of the state
+    status: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.parameters = sorted({block.parameter for block in self.blocks})
@@ -77,13 +79,13 @@ class Stack:
     def _part(self, part: slice) -> "Stack":
         if part == slice(0, len(self.blocks)):
             return self
-        statistic, root, extra = (
+        statistic, root, extra, status = (
             {name: tensor[part] for name, tensor in tensors.items()}
-            for tensors in (self.statistic, self.root, self.extra)
+            for tensors in (self.statistic, self.root, self.extra, self.status)
         )
         return replace(
             self, blocks=self.blocks[part], steps=self.steps[part], statistic=statistic, root=root,
-            extra=extra,
+            extra=extra, status=status,
         )  # fmt: skip
 
     def pieces(self, matrices: Matrices) -> list[Tensor]:
@@ -167,6 +169,9 @@ def _empty_stack(key: StackKey, blocks: list[Block], group: dict) -> Stack:
     count = len(blocks)
     stack = Stack(key, blocks, dtype, device, torch.zeros(count, dtype=dtype, device=device))
     stack.kept = {side: kept(side, group) for side in key.sides}
+    stack.status = {
+        side: torch.full((count,), -1, dtype=torch.int8, device=device) for side in key.sides
+    }
     roots = {name: side for side, name in stack.kept.items()}
     for name, shape in block_state(key.m, key.n, key.sides, group):
         if name == "block_step":

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+from torch import Tensor
+
 from shampoo_kernels.optim.stacks import Stack
 
 REFRESHES = ("staggered", "level", "together")
@@ -68,7 +70,7 @@ def due(
         return (), set()
     own = [steps[block.parameter] for block in part.blocks]
     if part.device.type == "cpu":
-        late = {i for i in waiting(part, group) if own[i] >= start}
+        late = {i for i in waiting(part) if own[i] >= start}
     else:
         late = {i for i in range(count) if own[i] == start}
     if len(late) == count:
@@ -92,15 +94,17 @@ def _in_turn(
     return [i for i, turn in enumerate(turns) if turn or i in late]
 
 
-def waiting(stack: Stack, group: dict) -> list[int]:
-    """The blocks that have no root yet, but a statistic to compute it from; synchronises."""
+def absent(stack: Stack) -> Tensor:
+    """(B,) bool: the blocks that have no root or basis yet."""
     side = stack.key.sides[0]
-    if group["application"] == "soap":
-        absent = stack.extra[f"{side}_values"].amax(-1) == 0
-    else:
-        absent = stack.root[side][:, 0, 0] == 0
-    rootless = absent.nonzero().flatten()
+    values = stack.extra.get(f"{side}_values")
+    return stack.root[side][:, 0, 0] == 0 if values is None else values.amax(-1) == 0
+
+
+def waiting(stack: Stack) -> list[int]:
+    """The blocks that have no root yet, but a statistic to compute it from; synchronises."""
+    rootless = absent(stack).nonzero().flatten()
     if len(rootless):
-        trace = stack.statistic[side].diagonal(dim1=-2, dim2=-1).sum(-1)
+        trace = stack.statistic[stack.key.sides[0]].diagonal(dim1=-2, dim2=-1).sum(-1)
         rootless = rootless[trace[rootless] > 0]
     return rootless.tolist()
