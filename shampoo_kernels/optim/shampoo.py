@@ -147,8 +147,8 @@ class Shampoo(torch.optim.Optimizer):
         self._plans, self._checked = {}, {}
         self.defaults = {**options.ADDED, **self.defaults}
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            for name in options.NAMES:
+                group.setdefault(name, self.defaults[name])
             if group.get("version") in saving.OLD_VERSIONS:
                 for parameter in self.state.keys() & set(group["params"]):
                     self.state[parameter] = saving.upgraded(self.state[parameter])
