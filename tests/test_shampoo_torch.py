@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 
 import pytest
 import torch
@@ -190,3 +191,50 @@ def test_a_compiled_training_step_is_the_training_step():
         losses = torch.stack([step() for _ in range(4)])
         results.append((losses, layer.weight.detach()))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"root_method": "eigh"},
+        {"rank_rtol": 1e-6},
+        {"p": (2.5, 2)},
+        {**SOAP, "basis_method": "eigh"},
+        {"refresh_every": 2},
+        {"start_step": 9},
+    ],
+    ids=str,
+)
+def test_a_cuda_graph_is_refused_where_a_step_would_wait_or_differ(options):
+    """What step() asks while torch is capturing; no graph is made here."""
+    (W,) = parameters((4, 3))
+    optimizer = Shampoo([W], refresh_every=1)
+    train(optimizer, [(W, gradients((4, 3), 2, torch.float32))])
+    group = {**optimizer.param_groups[0], "capturable": True}
+    optimizer._plans[0].check_capture(group)
+    with pytest.raises(RuntimeError, match=r"^Shampoo: capturing .* needs .* got "):
+        optimizer._plans[0].check_capture({**group, **options})
+    optimizer._plans[0].check_capture({**group, **options, "precondition": False})
+
+
+def test_the_state_goes_through_safetensors():
+    """Tensors that share no memory, under plain names; the groups are plain values for a JSON."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    own = parameters((7, 5), (5,))
+    optimizer = Shampoo(own, block_size=4, statistic="kl", refresh_every=2)
+    pairs = [(p, gradients(p.shape, 4, torch.float32)) for p in own]
+    train(optimizer, [(p, grads[:3]) for p, grads in pairs])
+    saved = optimizer.state_dict()
+    flat = {f"{i}/{name}": x for i, state in saved["state"].items() for name, x in state.items()}
+    flat = safetensors.load(safetensors.save(flat))
+    state = {}
+    for path, value in flat.items():
+        key, name = path.split("/")
+        state.setdefault(int(key), {})[name] = value
+    twin = [nn.Parameter(p.detach().clone()) for p in own]
+    other = Shampoo(twin)
+    groups = json.loads(json.dumps(saved["param_groups"]))
+    other.load_state_dict({"state": state, "param_groups": groups})
+    for o, ps in ((optimizer, own), (other, twin)):
+        train(o, [(p, grads[3:]) for p, (_, grads) in zip(ps, pairs, strict=True)])
+    assert all(torch.equal(a, b) for a, b in zip(own, twin, strict=True))

@@ -96,12 +96,29 @@ class Plan:
             raise RuntimeError("Shampoo: capturing step() in a CUDA graph needs capturable=True")
         complete = all(parameter.grad is not None for parameter in self.parameters)
         started = complete and min(self.steps) >= group["start_step"]
+        if group["precondition"] and _by_eigh(group):
+            raise RuntimeError(
+                "Shampoo: capturing step() in a CUDA graph needs roots and bases without eigh "
+                f"(it waits for the device), got {_by_eigh(group)}"
+            )
         if group["precondition"] and not (group["refresh_every"] == 1 and started):
             raise RuntimeError(
                 "Shampoo: capturing step() in a CUDA graph needs refresh_every=1, a gradient for "
                 f"every parameter, and start_step ({group['start_step']}) steps made before; "
                 f"got refresh_every={group['refresh_every']} after {min(self.steps)} steps"
             )
+
+
+def _by_eigh(group: dict) -> str:
+    """The option that asks for eigh, in words; empty where none does."""
+    if group["application"] == "soap":
+        return 'basis_method="eigh"' if group["basis_method"] == "eigh" else ""
+    if group["root_method"] == "eigh":
+        return 'root_method="eigh"'
+    if group["rank_rtol"] is not None:
+        return f"rank_rtol={group['rank_rtol']}"
+    fractions = [root for root in group["p"] if isinstance(root, float)]
+    return f"p={fractions[0]}" if fractions else ""
 
 
 def _stepped(group: dict, states: Mapping[Tensor, dict]) -> list[Tensor]:
