@@ -25,9 +25,7 @@ def rotate(stack: Stack, matrices: Tensor, precision: str) -> Tensor:
     return precondition(matrices, _transposed(left), right, precision=precision)[0]
 
 
-def direction(
-    stack: Stack, momentum: Tensor, exp_avg_sq: Tensor, group: dict
-) -> tuple[Tensor, Tensor]:
+def direction(stack: Stack, momentum: Tensor, group: dict) -> tuple[Tensor, Tensor]:
     """U (B, m, n) and s (B,): s U = Q_L (M' / (sqrt(v / bias2) + eps)) Q_Rᵀ, M' = Q_Lᵀ M Q_R.
 
     v is the second moment of the rotated gradient. Before there is a basis it is I, and this is
@@ -35,16 +33,13 @@ def direction(
     """
     root_bias = bias(stack.steps, group["betas"][1]).sqrt()
     rotated = rotate(stack, momentum, group["precision"])
-    rotated.div_(exp_avg_sq.sqrt().add_(per_block(group["eps"] * root_bias)))
+    rotated.div_(stack.extra["exp_avg_sq"].sqrt().add_(per_block(group["eps"] * root_bias)))
     left, right = _bases(stack)
     update, _ = precondition(rotated, left, _transposed(right), precision=group["precision"])
     return update, root_bias
 
 
-def refresh_(
-    stack: Stack, due: Sequence[int], first: set[int], exp_avg_sq: Tensor, moves: Tensor,
-    group: dict,
-) -> None:  # fmt: skip
+def refresh_(stack: Stack, due: Sequence[int], first: set[int], moves: Tensor, group: dict) -> None:
     """Compute the bases of the blocks in `due` anew where moves (B,) is 1, and move v along.
 
     By one step of orthogonal iteration from the basis as it is, or by eigh: always, with
@@ -57,6 +52,7 @@ def refresh_(
         (sorted(first), True), ([i for i in due if i not in first] if first else due, False)
     ]  # fmt: skip
     d = max(stack.key.m, stack.key.n)
+    exp_avg_sq = stack.extra["exp_avg_sq"]
     count = max(1, BASIS_BYTES // (12 * d * d * stack.dtype.itemsize))
     for blocks, by_eigh in batches:
         for part in pieces(stack, blocks, count):

@@ -13,9 +13,13 @@ STRUCTURE = (
 )  # fmt: skip
 
 
-def moment_names(group: dict) -> tuple[str, ...]:
-    """The parameter-shaped tensors: the graft "sgd" squares nothing, and so keeps no squares."""
-    return MOMENTS[:1] if group["graft"] == "sgd" else MOMENTS
+def moment_names(sides: Sequence[str], group: dict) -> tuple[str, ...]:
+    """The parameter-shaped tensors.
+
+    The graft "sgd" squares nothing. In an eigenbasis the squares are those of each block.
+    """
+    soap = group["application"] == "soap" and bool(sides)
+    return MOMENTS[:1] if soap or group["graft"] == "sgd" else MOMENTS
 
 
 def kept(side: str, group: dict) -> str:
@@ -30,7 +34,8 @@ def block_state(
 
     "block_step": finite gradients seen, for bias correction. Per side "left" (its statistic), and
     "left_root", or with application="soap" "left_basis" and "left_values", the eigenvalues as they
-    were when the basis was computed, zero before. "energy": see `statistics.update_`.
+    were when the basis was computed, zero before, and for the block "exp_avg_sq", the squares in
+    that basis. "energy": see `statistics.update_`.
     """
     yield "block_step", ()
     for side in sides:
@@ -39,6 +44,8 @@ def block_state(
         yield kept(side, group), (d, d)
         if group["application"] == "soap":
             yield f"{side}_values", (d,)
+    if sides and group["application"] == "soap":
+        yield MOMENTS[1], (m, n)
     if needs_energy(sides, group):
         yield "energy", ()
 

@@ -1,11 +1,11 @@
 """What one param group needs for a step: its stacks, and its tensors seen as matrices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim.layout import MOMENTS, STRUCTURE, moment_names
+from shampoo_kernels.optim.layout import MOMENTS, STRUCTURE
 from shampoo_kernels.optim.stacks import build, cut_parameter
 from shampoo_kernels.optim.state import check_state
 from shampoo_kernels.optim.update import Inputs, step_
@@ -49,18 +49,20 @@ class Plan:
         self.shapes = [cut_parameter(parameter, group).matrix for parameter in self.parameters]
         self.step_tensors = [state["step"] for state in own]
         self.steps = [int(step) for step in self.step_tensors]
-        self.moments = [[state[name] for state in own] for name in moment_names(group)]
+        average, square = MOMENTS
+        self.averages = [state[average] for state in own]
+        self.squares = {i: state[square] for i, state in enumerate(own) if square in state}
 
     def fits(self, group: dict, states: Mapping[Tensor, dict]) -> bool:
         """No parameter joined, and neither options nor state tensors were replaced."""
         parameters = _stepped(group, states)
         return _structure(group, parameters) == self.structure and all(
             states[parameter].get(MOMENTS[0]) is exp_avg
-            for parameter, exp_avg in zip(parameters, self.moments[0], strict=True)
+            for parameter, exp_avg in zip(parameters, self.averages, strict=True)
         )
 
-    def step_(self, group: dict, positions: Sequence[int]) -> None:
-        """Step every stack, whose place among all is in `positions`: see `turns.positions`."""
+    def step_(self, group: dict, position: int) -> int:
+        """Step every stack; `position` counts the blocks with a factor before and after it."""
         grads = {
             i: parameter.grad.reshape(shape)
             for i, (parameter, shape) in enumerate(zip(self.parameters, self.shapes, strict=True))
@@ -74,15 +76,17 @@ class Plan:
         inputs = Inputs(
             weights=weights,
             grads=grads,
-            exp_avgs=self._matrices(self.moments[0]),
-            exp_avg_sqs=self._matrices(self.moments[1]) if len(self.moments) > 1 else None,
+            exp_avgs=self._matrices(self.averages),
+            exp_avg_sqs={i: x.reshape(self.shapes[i]) for i, x in self.squares.items()},
             steps=self.steps,
         )
-        for stack, position in zip(self.stacks, positions, strict=True):
+        for stack in self.stacks:
             step_(stack, inputs, group, position)
+            position += len(stack.blocks) if stack.key.sides else 0
         for i in grads:
             if weights[i].data_ptr() != self.parameters[i].data_ptr():  # no matrix is a view of it
                 self.parameters[i].copy_(weights[i].view(self.parameters[i].shape))
+        return position
 
     def _matrices(self, tensors: list[Tensor]) -> list[Tensor]:
         """Views (M, N), or copies where the strides (channels_last, say) allow no view."""

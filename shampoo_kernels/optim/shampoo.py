@@ -179,9 +179,10 @@ class Shampoo(torch.optim.Optimizer):
             check_gradients(group)
         self._make_plans()
         plans = [self._plans[number] for number in range(len(self.param_groups))]
-        positions = turns.positions([plan.stacks for plan in plans], self.param_groups)
-        for plan, group, own in zip(plans, self.param_groups, positions, strict=True):
-            plan.step_(group, own)
+        turns.level_([plan.stacks for plan in plans], self.param_groups)
+        position = 0
+        for plan, group in zip(plans, self.param_groups, strict=True):
+            position = plan.step_(group, position)
         return loss
 
     def metrics(self) -> dict[str, Tensor]:

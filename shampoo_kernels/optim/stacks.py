@@ -40,6 +40,7 @@ class Stack:
     kept: dict[str, str] = field(default_factory=dict)  # side: the state's name of `root`
     # side: (B,) int8, the RootStatus of the last refresh, -1 before; no part of the state
     status: dict[str, Tensor] = field(default_factory=dict)
+    place: int | None = None  # what turns go by, where it is not the number of the first block
 
     def __post_init__(self) -> None:
         self.parameters = sorted({block.parameter for block in self.blocks})
@@ -86,6 +87,7 @@ class Stack:
         return replace(
             self, blocks=self.blocks[part], steps=self.steps[part], statistic=statistic, root=root,
             extra=extra, status=status,
+            place=None if self.place is None else self.place + part.start,
         )  # fmt: skip
 
     def pieces(self, matrices: Matrices) -> list[Tensor]:
@@ -132,9 +134,9 @@ def build(parameters: Sequence[Tensor], states: Sequence[dict], group: dict) -> 
 
     A state is empty, which is new, or holds what `check_state` wants.
     """
-    for parameter, state in zip(parameters, states, strict=True):
-        _start_state(state, parameter, group)
     cuts = [cut_parameter(parameter, group) for parameter in parameters]
+    for parameter, state, one in zip(parameters, states, cuts, strict=True):
+        _start_state(state, parameter, moment_names(one.sides, group), group["capturable"])
     # one dtype a stack, so that a gradient meets the same Gram kernel in whatever company
     places = [(parameter.dtype, parameter.device) for parameter in parameters]
     stacks = []
@@ -150,12 +152,12 @@ def build(parameters: Sequence[Tensor], states: Sequence[dict], group: dict) -> 
     return stacks
 
 
-def _start_state(state: dict, parameter: Tensor, group: dict) -> None:
+def _start_state(state: dict, parameter: Tensor, moments: Sequence[str], capturable: bool) -> None:
     """Make "step" and the moments, or bring those that are there to where they are worked on."""
-    step_device = parameter.device if group["capturable"] else "cpu"  # as torch.optim places it
+    step_device = parameter.device if capturable else "cpu"  # as torch.optim places it
     step = state.get("step", torch.zeros(()))
     state["step"] = step.to(step_device, torch.float32)
-    for name in moment_names(group):
+    for name in moments:
         dtype = state_dtype(parameter.dtype)
         moment = state.get(name)
         if moment is None:

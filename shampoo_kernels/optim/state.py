@@ -10,7 +10,7 @@ from shampoo_kernels.optim.stacks import cut_parameter
 
 
 def state_shapes(parameter: Tensor, one: Cut, group: dict) -> dict[str, tuple[int, ...]]:
-    shapes = {name: tuple(parameter.shape) for name in moment_names(group)}
+    shapes = {name: tuple(parameter.shape) for name in moment_names(one.sides, group)}
     shapes["step"] = ()
     for index, (rows, cols) in enumerate(one.pieces):
         m, n = rows.stop - rows.start, cols.stop - cols.start

@@ -9,27 +9,16 @@ from shampoo_kernels.optim.stacks import Stack
 REFRESHES = ("staggered", "level", "together")
 
 
-def positions(stacks: Sequence[Sequence[Stack]], groups: Sequence[dict]) -> list[list[int]]:
-    """For each stack of each group, what its blocks add their index to; see `due`.
+def level_(stacks: Sequence[Sequence[Stack]], groups: Sequence[dict]) -> None:
+    """Give the stacks of groups with refresh="level" places that make the costliest step cheapest.
 
-    "staggered": the blocks before it, so that every step refreshes as many blocks. "level": the
-    place where it makes the costliest step least costly, costly stacks first, where a block costs
-    m³ + n³. "together": irrelevant.
+    Costly stacks come first within a group, groups one after the other; a block costs m³ + n³.
     """
-    count, result, load = 0, [], dict[int, list[int]]()
+    load: dict[int, list[int]] = {}
     for own, group in zip(stacks, groups, strict=True):
-        every = group["refresh_every"]
-        places = [0] * len(own)
-        if group["refresh"] == "level":
-            slots = load.setdefault(every, [0] * every)
-            for number in sorted(range(len(own)), key=lambda i: -_cost(own[i])):
-                places[number] = _level(own[number], slots)
-        else:
-            for number, stack in enumerate(own):
-                places[number] = count
-                count += len(stack.blocks) if stack.key.sides else 0
-        result.append(places)
-    return result
+        level, every = group["refresh"] == "level", group["refresh_every"]
+        for stack in sorted(own, key=_cost, reverse=True):
+            stack.place = _level(stack, load.setdefault(every, [0] * every)) if level else None
 
 
 def _cost(stack: Stack) -> int:
@@ -60,11 +49,13 @@ def due(
 
     A block at `position` among all blocks takes its turn when the gradients seen by its parameter
     leave the same rest, so that the same number is due in every step; positions, and with them
-    turns, move when a parameter with earlier blocks joins. Out of turn comes a block without root:
-    on a CPU when it has a statistic to compute it from, on other devices, where looking would
-    mean waiting, when its parameter starts. "kl" needs roots for the statistics, from the start.
+    turns, move when a parameter with earlier blocks joins. `level_` gives other places. Out of turn
+    comes a block without root: on a CPU when it has a statistic to compute it from, on other
+    devices, where looking would mean waiting, when its parameter starts. "kl" needs roots for the
+    statistics, from the start.
     """
     every, count = group["refresh_every"], len(part.blocks)
+    position = position if part.place is None else part.place
     start = 1 if group["statistic"] == "kl" else group["start_step"]
     if not part.key.sides or max(steps[i] for i in part.parameters) < start:
         return (), set()

@@ -19,7 +19,7 @@ class Inputs:
     weights: list[Tensor]
     grads: dict[int, Tensor]  # of the parameters that have one; the others are left alone
     exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor] | None  # None where nothing is squared
+    exp_avg_sqs: dict[int, Tensor]  # of the parameters that have one
     steps: list[int]  # gradients seen, this one included
 
 
@@ -54,18 +54,21 @@ def _refresh_(
     inputs: Inputs,
     group: dict,
 ) -> Tensor | None:
-    """Refresh roots or bases, and give the second moments (b, m, n), which move with a basis."""
-    due, first = turn
-    soap = group["application"] == "soap" and bool(part.key.sides)
-    if due and not soap:
+    """Refresh roots or bases; gives the second moments (b, m, n) if there are any, updated."""
+    (due, first), beta2 = turn, group["betas"][1]
+    if part.key.sides and group["application"] == "soap":
+        exp_avg_sq = part.extra["exp_avg_sq"]
+        rotated = eigenbasis.rotate(part, grad, group["precision"])
+        graft.update_second_moment_(exp_avg_sq, rotated, moves, beta2, group["graft"])
+        if due:
+            eigenbasis.refresh_(part, due, first, moves, group)
+        return exp_avg_sq
+    if due:
         factors.refresh_roots_(part, due, moves, group)
-    if inputs.exp_avg_sqs is None:
+    if part.parameters[0] not in inputs.exp_avg_sqs:
         return None
     exp_avg_sq = part.pack(inputs.exp_avg_sqs)
-    seen = eigenbasis.rotate(part, grad, group["precision"]) if soap else grad
-    graft.update_second_moment_(exp_avg_sq, seen, moves, group["betas"][1], group["graft"])
-    if due and soap:
-        eigenbasis.refresh_(part, due, first, exp_avg_sq, moves, group)
+    graft.update_second_moment_(exp_avg_sq, grad, moves, beta2, group["graft"])
     part.unpack_(inputs.exp_avg_sqs, exp_avg_sq)
     return exp_avg_sq
 
@@ -104,8 +107,8 @@ def _update(
         correction = bias(part.steps + 1, beta1)
     started = {i for i in part.parameters if steps[i] >= group["start_step"]}
     preconditions = bool(part.key.sides and started)
-    if preconditions and group["application"] == "soap" and exp_avg_sq is not None:
-        update, scale = eigenbasis.direction(part, momentum, exp_avg_sq, group)
+    if preconditions and group["application"] == "soap":
+        update, scale = eigenbasis.direction(part, momentum, group)
         return update, scale / correction
     if preconditions and group["graft"] is None:
         update, _ = factors.apply_roots(part, momentum, group["precision"])
