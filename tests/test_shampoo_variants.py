@@ -94,13 +94,15 @@ def test_every_statistic_of_a_kronecker_product_finds_its_factors():
 
 
 @pytest.mark.parametrize("scale", [None, "trace"])
-@pytest.mark.parametrize("every", [1, 3])
-def test_kl_statistics_put_the_whitened_gradient_in(scale, every):
+@pytest.mark.parametrize(("every", "start"), [(1, 1), (3, 1), (3, 5)])
+def test_kl_statistics_put_the_whitened_gradient_in(scale, every, start):
+    """With the roots as they were last computed: from the first step on, whatever start_step is."""
+
     def restated(grads):
         rms = grads[0].norm() / 24**0.5
         L, R = rms * eye(6), rms * eye(4)
         left, right, energy = eye(6) / rms**0.5, eye(4) / rms**0.5, 0
-        for t, G, M, _ in moments(grads):
+        for t, G, M, V in moments(grads):
             X, Y = G @ right, left @ G
             L = BETA * L + (1 - BETA) / 4 * X @ X.mT
             R = BETA * R + (1 - BETA) / 6 * Y.mT @ Y
@@ -108,9 +110,14 @@ def test_kl_statistics_put_the_whitened_gradient_in(scale, every):
             if t == 1 or t % every == 0:
                 c = energy / (1 - BETA**t) / (L.trace() * R.trace()) if scale else 1
                 left, right = power(c**0.5 * L, -0.5), power(c**0.5 * R, -0.5)
-            yield left @ (M / (1 - B1**t)) @ right
+            M_hat = M / (1 - B1**t)
+            adam = M_hat / ((V / (1 - B2**t)).sqrt() + 1e-8)
+            U = left @ M_hat @ right
+            yield adam if t < start else U if start == 1 else U * adam.norm() / U.norm()
 
-    agrees(restated, statistic="kl", scale=scale, graft=None, refresh_every=every)
+    graft = "adam" if start > 1 else None
+    options = {"graft": graft, "refresh_every": every, "start_step": start}
+    agrees(restated, statistic="kl", scale=scale, **options)
 
 
 @pytest.mark.parametrize("statistic", ["frobenius", "kl"])

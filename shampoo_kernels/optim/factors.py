@@ -40,10 +40,11 @@ def refresh_roots_(stack: Stack, due: Sequence[int], moves: Tensor, group: dict)
     for side in stack.key.sides:
         p = group["p"][0 if side == LEFT else 1]
         for part in _root_parts(stack, side, due, group):
-            scale = _scale(stack, side, part, group)
+            statistic = stack.statistic[side][part]
+            scale = _scale(stack, side, part, statistic, group)
             # an all-zero matrix keeps its previous root
             scale = torch.where((moves[part] > 0) & scale.isfinite(), scale, 0)
-            scaled = stack.statistic[side][part] * per_block(scale)
+            scaled = statistic * per_block(scale)
             if group["refresh_tolerance"] is not None:
                 root = stack.root[side][part].to(stack.dtype)
                 unfit = _misfit(scaled, root, p, group["ridge"]) > group["refresh_tolerance"]
@@ -62,21 +63,20 @@ def refresh_roots_(stack: Stack, due: Sequence[int], moves: Tensor, group: dict)
             stack.status[side][part] = result.status
 
 
-def _scale(stack: Stack, side: str, part: slice | Tensor, group: dict) -> Tensor:
+def _scale(stack: Stack, side: str, part: slice | Tensor, statistic: Tensor, group: dict) -> Tensor:
     """(b,): what turns the accumulated statistic into the bias-corrected, scaled one."""
     correction = statistic_bias(stack.steps[part], group)
-    statistics = [A[part] for A in stack.statistic.values()]
     if group["scale"] is None:
         return 1 / correction
-    if len(statistics) == 1:
+    if len(stack.key.sides) == 1:
         n = 1 if group["statistic"] != "shampoo" else stack.key.n if side == LEFT else stack.key.m
         return 1 / (correction * n)
     if "energy" not in stack.extra:
-        return (correction * _trace(stack.statistic[side][part])).rsqrt()
+        return (correction * _trace(statistic)).rsqrt()
     energy = stack.extra["energy"][part] / bias(stack.steps[part], group["shampoo_beta"])
     measure = _trace if group["scale"] == "trace" else matrix_norms
-    left, right = (measure(A) for A in statistics)  # one after the other: a product may underflow
-    return energy.sqrt() / left.sqrt() / right.sqrt()
+    left, right = (measure(A[part]) for A in stack.statistic.values())
+    return energy.sqrt() / left.sqrt() / right.sqrt()  # the product of the two may underflow
 
 
 def _trace(A: Tensor) -> Tensor:
