@@ -66,7 +66,8 @@ class Shampoo(torch.optim.Optimizer):
             for a root X, the share of QᵀLQ outside of its diagonal for a basis Q. It spares work on
             a CPU; elsewhere, where choosing would mean waiting, it only keeps.
         decoupled_weight_decay: False adds weight_decay * W to the gradient instead.
-        max_update_rms: the largest root mean square of a block's update, before the learning rate.
+        max_update_rms: the largest root mean square of the update of a block with a factor, before
+            the learning rate.
         split: a number of equal pieces, of the rows or (rows, columns), into which a matrix is cut
             before blocks are: 3 for a fused query, key and value, 3 * heads for each head, the
             number of groups for a grouped convolution.

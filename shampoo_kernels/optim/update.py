@@ -41,7 +41,7 @@ def step_(stack: Stack, inputs: Inputs, group: dict, position: int) -> None:
         turn = turns.due(part, inputs.steps, group, position + start)
         exp_avg_sq = _refresh_(part, grad, moves, turn, inputs, group)
         update, scale = _update(part, grad, moves, (exp_avg, exp_avg_sq), inputs.steps, group)
-        if group["max_update_rms"] is not None:
+        if part.key.sides and group["max_update_rms"] is not None:
             scale = _clipped(update, scale, group["max_update_rms"])
         _apply_(part, inputs.weights, update, scale, moves, group)
 
