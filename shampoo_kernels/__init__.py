@@ -9,6 +9,8 @@ from shampoo_kernels.ops.orthogonal_iteration import orthogonal_iteration
 from shampoo_kernels.ops.orthogonalize import orthogonalize
 from shampoo_kernels.ops.power_iteration import power_iteration
 from shampoo_kernels.ops.precondition import precondition
+from shampoo_kernels.optim.groups import split_params
+from shampoo_kernels.optim.memory import state_bytes
 from shampoo_kernels.optim.shampoo import Shampoo
 from shampoo_kernels.schedules import minimax_coefficients
 
@@ -28,5 +30,7 @@ __all__ = [
     "orthogonalize",
     "power_iteration",
     "precondition",
+    "split_params",
+    "state_bytes",
     "use_backend",
 ]

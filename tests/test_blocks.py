@@ -110,3 +110,55 @@ def test_stacks_hold_every_block_once_and_only_equal_ones(shapes, block_size):
             assert cuts[block.parameter].sides == key.sides
             assert rest[block.parameter] == key.rest
         assert [b.parameter for b in blocks] == sorted(b.parameter for b in blocks)
+
+
+def test_a_split_cuts_into_equal_pieces_before_blocks_are_cut():
+    """A fused query, key and value, each of 10 rows in blocks of 4."""
+    one = cut((30, 7), (2, 2), 4, 100, split=(3, 1))
+    assert one.matrix == (30, 7)
+    assert [r.start for r, c in one.pieces if c.start == 0] == [0, 4, 8, 10, 14, 18, 20, 24, 28]
+    assert [r.stop for r, c in one.pieces if c.start == 0] == [4, 8, 10, 14, 18, 20, 24, 28, 30]
+    columns = cut((6, 8), (2, 2), 100, 100, split=(1, 2)).pieces
+    assert columns == ((slice(0, 6), slice(0, 4)), (slice(0, 6), slice(4, 8)))
+
+
+def test_max_dimension_is_that_of_a_piece():
+    assert cut((30, 7), (2, 2), 100, 10, split=(3, 1)).sides == ("left", "right")
+    assert cut((30, 7), (2, 2), 100, 10).sides == ("right",)
+
+
+def test_the_first_dimensions_may_count_matrices():
+    one = cut((3, 4, 5), (2, 2), 100, 100, batch_dims=1)
+    assert one.matrix == (12, 5)
+    assert one.pieces == tuple((slice(i, i + 4), slice(0, 5)) for i in (0, 4, 8))
+    assert cut((2, 3, 4, 5), (2, 2), 100, 100, batch_dims=2).matrix == (24, 5)
+    assert cut((3, 4, 5), (2, 2), 100, 100, (2, 1), 1).pieces[1] == (slice(2, 4), slice(0, 5))
+    assert cut((3, 5), (2, 2), 100, 100, batch_dims=1).matrix == (1, 15)  # a stack of vectors
+
+
+@pytest.mark.parametrize("shape", [(10, 7), (3, 10, 7)])
+def test_a_split_that_does_not_divide_is_refused(shape):
+    with pytest.raises(
+        ValueError, match=r"^Shampoo: split must divide .* \(10, 7\).* got \(3, 1\)"
+    ):
+        cut(shape, (2, 2), 4, 100, (3, 1), len(shape) - 2)
+    assert cut((10,), (2, 2), 4, 100, (3, 1)).sides == ()  # the bias beside it has no blocks
+
+
+@settings(deadline=None)
+@given(
+    st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 4), st.integers(0, 3)),
+    ROOTS, st.tuples(st.integers(1, 3), st.integers(1, 3)), st.integers(0, 2), st.integers(1, 5),
+)  # fmt: skip
+def test_split_blocks_tile_every_parameter_once(shape, p, split, batch_dims, block_size):
+    try:
+        one = cut(shape, p, block_size, 100, split, batch_dims)
+    except ValueError:
+        m, n = matrix_shape(shape[batch_dims:])
+        assert m % split[0] or n % split[1]
+        return
+    counts = torch.zeros(one.matrix, dtype=torch.int64)
+    for rows, cols in one.pieces:
+        counts[rows, cols] += 1
+    assert torch.all(counts == 1)
+    assert math.prod(one.matrix) == math.prod(shape)

@@ -1,9 +1,11 @@
 """What Shampoo loads: its own state, an older one, and nothing that does not fit."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from states import make
 from test_shampoo_state import OPTIONS, SHAPES, parameters, same_state, steps
 from torch.optim import AdamW
 
@@ -101,3 +103,83 @@ def test_an_unpickled_optimizer_of_version_1_goes_on_like_the_original():
     steps(other, twin, 2, 6)
     same_state(optimizer, other)
     assert len(other.state) == len(SHAPES)
+
+
+STATES = Path(__file__).parent / "states"
+
+
+def loaded(version, **options):
+    saved = torch.load(STATES / f"version_{version}.pt", weights_only=True)
+    own = make.parameters()
+    for p, weight in zip(own, saved["weights"], strict=True):
+        p.data.copy_(weight)
+    optimizer = Shampoo(own, lr=1.0, **options)
+    optimizer.load_state_dict(saved["optimizer"])
+    return optimizer, own, saved["after"]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_stored_state_of_every_version_goes_on_as_it_did_then(version):
+    """Written by that version itself, with the weights three steps later, in float64."""
+    optimizer, own, after = loaded(version)
+    make.steps(optimizer, own, 3, 6)
+    for a, b in zip(own, after, strict=True):
+        torch.testing.assert_close(a.detach(), b, rtol=0, atol=1e-9)
+    assert optimizer.state_dict()["param_groups"][0]["version"] == 2
+
+
+def test_there_is_a_stored_state_of_the_present_version():
+    version = Shampoo(make.parameters()).param_groups[0]["version"]
+    assert (STATES / f"version_{version}.pt").exists()
+    optimizer, _, _ = loaded(version)
+    fresh = make.made(Shampoo)["optimizer"]["state"]
+    assert {k: set(v) for k, v in optimizer.state_dict()["state"].items()} == {
+        k: set(v) for k, v in fresh.items()
+    }
+
+
+def test_a_state_from_before_an_option_existed_was_made_without_it():
+    """Whatever the optimizer was made with: what is loaded replaces it, as in torch.optim."""
+    optimizer, own, after = loaded(2, statistic="kl", refresh="together", max_update_rms=1e-3)
+    assert optimizer.param_groups[0]["max_update_rms"] is None
+    make.steps(optimizer, own, 3, 6)
+    for a, b in zip(own, after, strict=True):
+        torch.testing.assert_close(a.detach(), b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("made", "loading"),
+    [
+        ({}, {"application": "soap", "graft": None}),
+        ({"application": "soap", "graft": None}, {}),
+        ({"graft": "sgd"}, {}),
+        ({"statistic": "kl"}, {}),
+    ],
+    ids=str,
+)
+def test_what_is_loaded_brings_its_variant_along(made, loading):
+    own, twin = parameters(), parameters()
+    optimizer, other = Shampoo(own, **OPTIONS, **made), Shampoo(twin, **OPTIONS, **loading)
+    steps(optimizer, own, 0, 4)
+    other.load_state_dict(optimizer.state_dict())
+    for a, b in zip(own, twin, strict=True):
+        b.data.copy_(a.data)
+    steps(optimizer, own, 4, 6)
+    steps(other, twin, 4, 6)
+    same_state(optimizer, other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"application": "soap", "graft": None}, {"graft": "sgd"}, {"scale": "least_squares"}],
+    ids=str,
+)
+def test_a_variant_cannot_change_in_flight(change):
+    own = parameters()
+    optimizer = Shampoo(own, **{**OPTIONS, "start_step": 1})
+    steps(optimizer, own, 0, 2)
+    before = [p.detach().clone() for p in own]
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(ValueError, match=r"cannot change once there is state"):
+        steps(optimizer, own, 2, 3)
+    assert all(torch.equal(a, b) for a, b in zip(own, before, strict=True))

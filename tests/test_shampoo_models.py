@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from training import gradients, parameters, train
+from training import SOAP, gradients, parameters, train
 
 from shampoo_kernels import Shampoo
-from shampoo_kernels.optim import factors
+from shampoo_kernels.optim import stacks, statistics
 
 
 def test_convolutions_in_any_memory_format():
@@ -57,9 +57,9 @@ def test_low_precision_weights_are_rounded_once_from_float32(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_read_16_bit_gradients_as_they_are(monkeypatch, dtype):
     """Products are exact and sums float32, so that L is that of float32 gradients to rounding."""
-    seen, real = [], factors.gram_ema_
+    seen, real = [], statistics.gram_ema_
     monkeypatch.setattr(
-        factors, "gram_ema_", lambda stat, grad, *a, **k: seen.append(grad.dtype) or real(
+        statistics, "gram_ema_", lambda stat, grad, *a, **k: seen.append(grad.dtype) or real(
             stat, grad, *a, **k)
     )  # fmt: skip
     W, V = parameters((64, 48), dtype=dtype)[0], parameters((64, 48))[0]
@@ -152,3 +152,113 @@ def test_hooks_schedulers_and_zero_grad_work_as_in_torch_optim():
     optimizer.zero_grad()
     assert W.grad is None
     optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, SOAP, {"statistic": "kl"}], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "pieces", "how"),
+    [
+        ((3, 6, 6), [(6, 6)] * 3, {"batch_dims": 1}),  # experts
+        ((2, 2, 6, 6), [(6, 6)] * 4, {"batch_dims": 2}),
+        ((18, 6), [(6, 6)] * 3, {"split": 3}),  # a fused query, key and value
+        ((12, 3, 2, 1), [(6, 3, 2)] * 2, {"split": (2, 1)}),  # a convolution of two groups
+    ],
+    ids=str,
+)
+def test_a_stack_is_trained_as_its_matrices_are(options, shape, pieces, how):
+    (W,) = parameters(shape)
+    parts = [nn.Parameter(x.clone()) for x in W.detach().reshape(len(pieces), *pieces[0]).unbind()]
+    grads = gradients(shape, 5, torch.float32)
+    optimizer = Shampoo([W], block_size=6, refresh="together", refresh_every=2, **how, **options)
+    train(optimizer, [(W, grads)])
+    assert optimizer.state[W]["exp_avg"].shape == shape
+    other = Shampoo(parts, block_size=6, refresh="together", refresh_every=2, **options)
+    each = [[g.reshape(len(pieces), *pieces[0])[i] for g in grads] for i in range(len(pieces))]
+    train(other, list(zip(parts, each, strict=True)))
+    assert torch.equal(W.reshape(len(pieces), *pieces[0]), torch.stack(list(parts)))
+
+
+def test_a_split_that_does_not_divide_changes_nothing():
+    own = parameters((6, 4), (8, 4))
+    optimizer = Shampoo([{"params": [own[0]]}, {"params": [own[1]], "split": 3}])
+    before = own[0].detach().clone()
+    for p in own:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"^Shampoo: split must divide .*\(8, 4\).*got \(3, 1\)"):
+        optimizer.step()
+    assert torch.equal(own[0], before)
+    assert not optimizer.state
+
+
+def test_the_split_cannot_change_once_there_is_state():
+    (W,) = parameters((6, 4))
+    optimizer = Shampoo([W])
+    train(optimizer, [(W, gradients((6, 4), 1, torch.float32))])
+    optimizer.param_groups[0]["split"] = 3
+    with pytest.raises(ValueError, match=r"split.* cannot change"):
+        optimizer.step()
+
+
+def test_a_transposed_convolution_is_input_by_all_others():
+    layer = nn.ConvTranspose2d(6, 4, 3)
+    optimizer = Shampoo(layer.parameters(), start_step=1)
+    layer(torch.randn(2, 6, 5, 5)).square().mean().backward()
+    optimizer.step()
+    state = optimizer.state[layer.weight]
+    assert state["left.0"].shape == (6, 6)
+    assert state["right.0"].shape == (36, 36)
+
+
+def test_an_embedding_has_no_factor_for_its_long_side():
+    layer = nn.Embedding(50, 6)
+    optimizer = Shampoo(layer.parameters(), max_dimension=40)
+    layer(torch.arange(9)).square().mean().backward()
+    optimizer.step()
+    assert {name for name in optimizer.state[layer.weight] if "." in name} == {
+        "block_step.0", "right.0", "right_root.0"
+    }  # fmt: skip
+
+
+def test_blocks_of_other_devices_and_dtypes_are_other_stacks():
+    """No second device here but meta, where nothing is computed."""
+    places = [("cpu", torch.float32), ("meta", torch.float32), ("cpu", torch.bfloat16)] * 2
+    own = [nn.Parameter(torch.zeros(6, 4, device=d, dtype=t)) for d, t in places]
+    states = [{} for _ in own]
+    group = Shampoo([own[0]]).param_groups[0]
+    built = stacks.build(own, states, group, [stacks.cut_parameter(p, group) for p in own])
+    assert [[block.parameter for block in stack.blocks] for stack in built] == [
+        [0, 3],
+        [1, 4],
+        [2, 5],
+    ]
+    for parameter, state in zip(own, states, strict=True):
+        assert {v.device.type for k, v in state.items() if k != "step"} == {parameter.device.type}
+        assert {v.dtype for v in state.values()} == {torch.float32}
+
+
+def test_a_frozen_parameter_has_no_state_and_may_thaw_later():
+    W, V = parameters((6, 4), (6, 4))
+    V.requires_grad_(False)
+    optimizer = Shampoo([W, V], refresh_every=2)
+    grads = gradients((6, 4), 6, torch.float32)
+    train(optimizer, [(W, grads[:3])])
+    assert V not in optimizer.state
+    V.requires_grad_()
+    train(optimizer, [(W, grads[3:]), (V, grads[3:])])
+    assert optimizer.state[V]["step"] == 3
+    assert optimizer.state[V]["left_root.0"].any()
+
+
+def test_tied_weights_are_one_parameter():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(9, 4)
+            self.head = nn.Linear(4, 9, bias=False)
+            self.head.weight = self.embedding.weight
+
+    model = Tied()
+    optimizer = Shampoo(model.parameters())
+    model.head(model.embedding(torch.arange(9))).square().mean().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 1

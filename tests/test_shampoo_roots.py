@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from training import gradients, parameters, train
 
 from shampoo_kernels import Shampoo, use_backend
-from shampoo_kernels.optim import factors, stacks, update
+from shampoo_kernels.optim import factors, stacks, turns
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_block_gets_its_roots_with_its_first_usable_gradient(first):
 
 def test_without_a_root_a_block_takes_the_graft_alone(monkeypatch):
     """As on a device where the roots wait for their turn."""
-    monkeypatch.setattr(update, "_due", lambda *_: ())
+    monkeypatch.setattr(turns, "due", lambda *_: ((), set()))
     own, theirs = (parameters((6, 4), (6, 4), dtype=torch.float64) for _ in range(2))
     optimizer = Shampoo(own, lr=0.01)
     adamw = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95))
@@ -67,8 +67,8 @@ def test_what_is_due_on_an_accelerator_is_known_without_looking(monkeypatch):
     optimizer = Shampoo(own)
     train(optimizer, [(p, gradients((6, 4), 1, torch.float32)) for p in own])
     stack = dataclasses.replace(optimizer._plans[0].stacks[0], device=torch.device("cuda"))
-    monkeypatch.setattr(factors, "waiting", lambda stack: pytest.fail("looked"))
-    group = {"refresh_every": 3, "start_step": 5}
+    monkeypatch.setattr(turns, "waiting", lambda *_: pytest.fail("looked"))
+    group = {**optimizer.defaults, "refresh_every": 3, "start_step": 5}
     for steps, position, expected in (
         ([4] * 6, 0, []),
         ([5] * 6, 0, [0, 1, 2, 3, 4, 5]),
@@ -78,7 +78,9 @@ def test_what_is_due_on_an_accelerator_is_known_without_looking(monkeypatch):
         ([7, 8, 9, 7, 8, 9], 0, []),  # turns go by a parameter's own steps
         ([6, 7, 8, 6, 7, 8], 0, [0, 1, 2, 3, 4, 5]),
     ):
-        assert list(update._due(stack, steps, group, position)) == expected, (steps, position)
+        found, first = turns.due(stack, steps, group, position)
+        assert list(found) == expected, (steps, position)
+        assert first == {i for i, step in enumerate(steps) if step == 5}
 
 
 def test_layers_behind_a_head_of_zeros_get_roots_in_the_second_step():

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training import parameters
 
+from shampoo_kernels import Shampoo
 from shampoo_kernels.optim import gathering, sharding, team
 from shampoo_kernels.optim.blocks import StackKey, cut, stack_blocks
 from shampoo_kernels.optim.exchange import chunks, pieces, row_bounds
@@ -72,10 +73,13 @@ def test_a_group_for_every_layer_is_shared_out_as_evenly_as_one(monkeypatch):
     """Each group goes on where those before it left off; what was given out stays."""
     ours = team.Team("a process group", 0, 4, False)
     monkeypatch.setattr(team, "team_of", lambda group: ours if group["process_group"] else None)
-    options = {"p": (2, 2), "block_size": 8, "max_dimension": 64, "precondition": True,
-               "root_dtype": None, "capturable": False}  # fmt: skip
+    options = {**Shampoo(parameters((2, 2)), block_size=8).defaults}
     groups = [
-        {"params": parameters((8, 8), (5,)), "process_group": None if i == 2 else ours, **options}
+        {
+            **options,
+            "params": parameters((8, 8), (5,)),
+            "process_group": None if i == 2 else ours,
+        }
         for i in range(9)
     ]
     first = team.shares(groups[:4], {})

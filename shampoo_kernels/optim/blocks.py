@@ -55,25 +55,48 @@ def cut(
     p: tuple[float | None, float | None],
     block_size: int,
     max_dimension: int,
+    split: tuple[int, int] = (1, 1),
+    batch_dims: int = 0,
 ) -> Cut:
     """Cut a parameter of `shape` into blocks of at most block_size on each side with a factor.
 
-    A side has a factor when its p is not None and it is at most max_dimension long; a side
-    without one is not split. Vectors, scalars, and matrices without any factor are one row.
+    The first batch_dims dimensions count matrices, which stand one below the other; each is cut
+    into split[0] x split[1] equal pieces, and these into blocks. A side of a piece has a factor
+    when its p is not None and it is at most max_dimension long; a side without one is not cut
+    further. Vectors, scalars, and matrices without any factor are one row.
+
+    Raises:
+        ValueError: `split` does not divide the matrix.
     """
-    m, n = matrix_shape(shape)
+    batch, (rows_each, cols_each) = math.prod(shape[:batch_dims]), matrix_shape(shape[batch_dims:])
+    m, n = rows_each // split[0], cols_each // split[1]
     sides = tuple(
         side
         for side, size, root in ((LEFT, m, p[0]), (RIGHT, n, p[1]))
-        if m > 1 and root is not None and size <= max_dimension
+        if rows_each > 1 and root is not None and size <= max_dimension
     )
-    if m * n == 0:
-        return Cut((m, n), (), ())
+    if math.prod(shape) == 0:
+        return Cut((batch * rows_each, cols_each), (), ())
     if not sides:
-        return Cut((1, m * n), (), ((slice(0, 1), slice(0, m * n)),))
-    rows = _split(m, block_size if LEFT in sides else m)
-    cols = _split(n, block_size if RIGHT in sides else n)
-    return Cut((m, n), sides, tuple((r, c) for r in rows for c in cols))
+        size = math.prod(shape)
+        return Cut((1, size), (), ((slice(0, 1), slice(0, size)),))
+    if (rows_each, cols_each) != (m * split[0], n * split[1]):
+        raise ValueError(
+            f"Shampoo: split must divide the sides of a matrix ({rows_each}, {cols_each}), which a "
+            f"parameter {tuple(shape)} is with batch_dims={batch_dims}, got {split}"
+        )
+    rows = _repeat(_split(m, block_size if LEFT in sides else m), batch * split[0], m)
+    cols = _repeat(_split(n, block_size if RIGHT in sides else n), split[1], n)
+    return Cut((batch * rows_each, cols_each), sides, tuple((r, c) for r in rows for c in cols))
+
+
+def _repeat(pieces: list[slice], count: int, size: int) -> list[slice]:
+    """The same pieces of each of `count` runs of `size`."""
+    return [
+        slice(start + piece.start, start + piece.stop)
+        for start in range(0, count * size, size)
+        for piece in pieces
+    ]
 
 
 def _split(size: int, piece: int) -> list[slice]:

@@ -1,86 +1,128 @@
-"""Shampoo's two factors on stacks of blocks: statistics, roots with trace scaling, application."""
+"""The inverse roots of the statistics on stacks of blocks: their scale, refresh, application."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shampoo_kernels.chooser import choose
-from shampoo_kernels.ops.gram_ema import gram_ema_
+from shampoo_kernels.ops.eigenvalue_bound import eigenvalue_bound
 from shampoo_kernels.ops.inverse_root import inverse_root
 from shampoo_kernels.ops.precondition import precondition
 from shampoo_kernels.optim.blocks import LEFT, RIGHT
-from shampoo_kernels.optim.moments import bias, per_block
+from shampoo_kernels.optim.moments import bias, matrix_norms, per_block
 from shampoo_kernels.optim.stacks import Stack
+from shampoo_kernels.optim.statistics import statistic_bias
 
 # Bytes of workspace of one call of inverse_root, its argument and result included.
 ROOT_BYTES = 64 << 20
 
-
-def update_statistics_(
-    stack: Stack, grad: Tensor, moves: Tensor, beta: float, precision: str
-) -> None:
-    """L <- beta L + (1 - beta) G Gᵀ and R likewise, where moves (B,) is 1; unchanged where 0."""
-    alpha = moves * (1 - beta)
-    for side in stack.key.sides:
-        gram_ema_(stack.statistic[side], grad, 1 - alpha, alpha, side=side, precision=precision)
-
-
-def waiting(stack: Stack) -> list[int]:
-    """The blocks that have no root yet, but a statistic to compute it from; synchronises."""
-    side = stack.key.sides[0]
-    rootless = (stack.root[side][:, 0, 0] == 0).nonzero().flatten()
-    if len(rootless):
-        rootless = rootless[_trace(stack.statistic[side])[rootless] > 0]
-    return rootless.tolist()
+SCALES = ("trace", "least_squares", None)
 
 
 def refresh_roots_(stack: Stack, due: Sequence[int], moves: Tensor, group: dict) -> None:
     """Compute the roots of the blocks in `due` anew where moves (B,) is 1.
 
-    The preconditioner is H = L ⊗ R / tr L (arXiv 2406.17748), L and R bias-corrected and
-    tr L = tr R. Scaling each factor by tr^(-1/2) before its root makes the scale part of the
-    roots: L'^(-1/pl) G R'^(-1/pr) with L' = L / tr^(1/2), R' = R / tr^(1/2), which for pl = pr = p
-    is tr^(1/p) L^(-1/p) G R^(-1/p), and in general tr^(1/(2 pl) + 1/(2 pr)). With one factor,
-    H = L ⊗ I / n, which has the same trace: the factor is divided by the length n of the other
-    side. Either way one step of a single gradient has unit scale, whatever the gradient's.
+    The preconditioner is H = c L ⊗ R, L and R bias-corrected. Scaling each factor by c^(1/2) before
+    its root makes the scale part of the roots: L'^(-1/pl) G R'^(-1/pr) with L' = c^(1/2) L, which
+    for pl = pr = p is c^(-1/p) L^(-1/p) G R^(-1/p). c is
+
+    - "trace": E‖G‖² / (tr L tr R), so that tr H is right; 1 / tr L for statistic="shampoo", where
+      all three are equal (arXiv 2406.17748);
+    - "least_squares": <E[g gᵀ], L ⊗ R> / (‖L‖ ‖R‖)², with which H is nearest to E[g gᵀ];
+    - None: 1. With p = 4 and statistic="shampoo" that is the original Shampoo (arXiv 1802.09568).
+
+    With one factor, H = L ⊗ I / n, n the length of the other side, has both the right trace and
+    the least distance. With a scale, one step of a single gradient has unit scale, whatever the
+    gradient's. With refresh_tolerance, roots that still fit are kept: see `_misfit`.
     """
     for side in stack.key.sides:
         p = group["p"][0 if side == LEFT else 1]
-        for part in _root_parts(stack, side, due, group["root_method"]):
+        for part in _root_parts(stack, side, due, group):
             statistic = stack.statistic[side][part]
-            scale = _scale(stack, side, statistic, stack.steps[part], group["shampoo_beta"])
+            scale = _scale(stack, side, part, statistic, group)
             # an all-zero matrix keeps its previous root
             scale = torch.where((moves[part] > 0) & scale.isfinite(), scale, 0)
+            scaled = statistic * per_block(scale)
+            if group["refresh_tolerance"] is not None:
+                root = stack.root[side][part].to(stack.dtype)
+                unfit = _misfit(scaled, root, p, group["ridge"]) > group["refresh_tolerance"]
+                part, local = narrowed(stack, part, unfit)
+                scaled = torch.where(per_block(unfit), scaled, 0)[local]
             result = inverse_root(
-                statistic * per_block(scale),
+                scaled,
                 p,
                 ridge=group["ridge"],
+                rank_rtol=group["rank_rtol"],
                 method=group["root_method"],
                 precision=group["precision"],
                 previous=stack.root[side][part].to(stack.dtype),
             )
             stack.root[side][part] = result.root.to(stack.root[side].dtype)
+            stack.status[side][part] = result.status
 
 
-def _scale(stack: Stack, side: str, statistic: Tensor, steps: Tensor, beta: float) -> Tensor:
-    """(b,): what turns the accumulated statistic into the bias-corrected, trace-scaled one."""
-    correction = bias(steps, beta)
+def _scale(stack: Stack, side: str, part: slice | Tensor, statistic: Tensor, group: dict) -> Tensor:
+    """(b,): what turns the accumulated statistic into the bias-corrected, scaled one."""
+    correction = statistic_bias(stack.steps[part], group)
+    if group["scale"] is None:
+        return 1 / correction
     if len(stack.key.sides) == 1:
-        return 1 / (correction * (stack.key.n if side == LEFT else stack.key.m))
-    return (correction * _trace(statistic)).rsqrt()
+        n = 1 if group["statistic"] != "shampoo" else stack.key.n if side == LEFT else stack.key.m
+        return 1 / (correction * n)
+    if "energy" not in stack.extra:
+        return (correction * _trace(statistic)).rsqrt()
+    energy = stack.extra["energy"][part] / bias(stack.steps[part], group["shampoo_beta"])
+    measure = _trace if group["scale"] == "trace" else matrix_norms
+    left, right = (measure(A[part]) for A in stack.statistic.values())
+    return energy.sqrt() / left.sqrt() / right.sqrt()  # the product of the two may underflow
 
 
 def _trace(A: Tensor) -> Tensor:
     return A.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
+def _misfit(A: Tensor, root: Tensor, p: float, ridge: float) -> Tensor:
+    """‖X^a (A + ridge) X^b - I‖ / sqrt(d) (b,), X the root, a + b = p as equal as can be.
+
+    The root mean square over the directions of how far the old root is from whitening A now: 0
+    where it is A's own, e where A is (1 + e) times what it was, 1 where there is no root.
+    """
+    d = A.shape[-1]
+    A = A.clone()
+    A.diagonal(dim1=-2, dim2=-1).add_((ridge * eigenvalue_bound(A))[:, None])
+    left = torch.linalg.matrix_power(root, int(p) // 2)
+    right = left if p % 2 == 0 else left @ root
+    white = left @ A @ right
+    white.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return matrix_norms(white) / d**0.5
+
+
+def narrowed(stack: Stack, part: slice | Tensor, wanted: Tensor) -> tuple[slice | Tensor, Any]:
+    """(part, what picks it from the piece that `part` was): the blocks where `wanted` (b,) is true.
+
+    On an accelerator, where looking would mean waiting, all of them: it is the caller who leaves
+    the others as they are.
+    """
+    if stack.device.type != "cpu":
+        return part, slice(None)
+    return torch.arange(len(stack.blocks))[part][wanted], wanted
+
+
 def _root_parts(
-    stack: Stack, side: str, due: Sequence[int], method: str
+    stack: Stack, side: str, due: Sequence[int], group: dict
 ) -> Iterator[slice | Tensor]:
     """`due` in pieces that keep the workspace of inverse_root below ROOT_BYTES, as indices."""
     d = stack.dimension(side)
-    count = max(1, ROOT_BYTES // (_matrices(stack, method) * d * d * stack.dtype.itemsize))
+    matrices = _matrices(stack, group["root_method"])
+    if group["refresh_tolerance"] is not None:
+        matrices = max(matrices, 7)  # `_misfit`'s own
+    return pieces(stack, due, max(1, ROOT_BYTES // (matrices * d * d * stack.dtype.itemsize)))
+
+
+def pieces(stack: Stack, due: Sequence[int], count: int) -> Iterator[slice | Tensor]:
+    """`due` in pieces of at most `count`, as what indexes the stack."""
     for start in range(0, len(due), count):
         piece = due[start : start + count]
         if isinstance(piece, range):

@@ -1,4 +1,4 @@
-"""Adam on stacks of blocks, each block with its own count of steps: both AdamW and the graft."""
+"""Averages on stacks of blocks, each block with its own count of steps."""
 
 import math
 
@@ -20,30 +20,29 @@ def block_norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1, dtype=dtype), dim=-1)
 
 
-def update_(
-    exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, moves: Tensor, betas: tuple[float, float]
-) -> None:
-    """m <- m + (1 - beta1)(G - m), v <- v + (1 - beta2)(G² - v), where moves is 1; all (B, m, n).
+def matrix_norms(A: Tensor) -> Tensor:
+    """Frobenius norms (B,) of (B, d, d), also where the squares leave the range of the dtype."""
+    largest = A.abs().amax((-2, -1))
+    return largest * block_norms(A / per_block(torch.where(largest > 0, largest, 1)))
 
-    Where moves (B,) is 0 the block keeps its moments bit for bit; `grad` must be finite there too.
+
+def average_(exp_avg: Tensor, grad: Tensor, moves: Tensor, beta: float) -> None:
+    """m <- m + (1 - beta)(G - m), both (B, m, n), where moves (B,) is 1.
+
+    Where it is 0 the block keeps its average bit for bit; `grad` must be finite there too.
     """
-    exp_avg.lerp_(grad, per_block(moves * (1 - betas[0])))
-    exp_avg_sq.lerp_(grad.square(), per_block(moves * (1 - betas[1])))
+    exp_avg.lerp_(grad, per_block(moves * (1 - beta)))
 
 
 def bias(steps: Tensor, beta: float) -> Tensor:
-    """1 - beta^steps (B,) without cancellation; a block before its first step counts as after."""
+    """1 - beta^steps (B,) without cancellation; a block before its first step counts as after.
+
+    1 for beta = 1, where the average is a sum.
+    """
+    if beta == 1:
+        return torch.ones_like(steps)
     log_beta = math.log(beta) if beta > 0 else -math.inf
     return -torch.expm1(steps.clamp(min=1) * log_beta)
-
-
-def direction(
-    momentum: Tensor, exp_avg_sq: Tensor, steps: Tensor, beta2: float, eps: float
-) -> tuple[Tensor, Tensor]:
-    """T (B, m, n) and s (B,) with s*T = m / (sqrt(v / bias2) + eps), m the momentum as given."""
-    root_bias = bias(steps, beta2).sqrt()
-    denominator = exp_avg_sq.sqrt().add_(per_block(eps * root_bias))
-    return torch.div(momentum, denominator, out=denominator), root_bias
 
 
 def look_ahead(exp_avg: Tensor, grad: Tensor, moves: Tensor, beta1: float) -> Tensor:

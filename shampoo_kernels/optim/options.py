@@ -7,21 +7,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops.common import PRECISIONS
-from shampoo_kernels.ops.inverse_root import METHODS, inverse_root
+from shampoo_kernels.ops.inverse_root import METHODS
+from shampoo_kernels.optim.combinations import check_combinations
+from shampoo_kernels.optim.eigenbasis import BASIS_METHODS
+from shampoo_kernels.optim.factors import SCALES
+from shampoo_kernels.optim.graft import GRAFTS
 from shampoo_kernels.optim.team import is_process_group
+from shampoo_kernels.optim.turns import REFRESHES
 
-STATISTICS = ("shampoo",)
-GRAFTS = ("adam", None)
-# Roots of small gradients are large: beyond 65504, the largest float16, at ordinary scales.
-ROOT_DTYPES = (None, torch.float64, torch.float32, torch.bfloat16)
-FLAGS = ("nesterov", "maximize", "capturable", "precondition")
+CHOICES: dict[str, tuple] = {
+    "statistic": ("shampoo", "frobenius", "kl"),
+    "application": ("root", "soap"),
+    "scale": SCALES,
+    "graft": GRAFTS,
+    "refresh": REFRESHES,
+    "root_method": METHODS,
+    "basis_method": BASIS_METHODS,
+    "precision": PRECISIONS,
+    # Roots of small gradients are large: beyond 65504, the largest float16, at ordinary scales.
+    "root_dtype": (None, torch.float64, torch.float32, torch.bfloat16),
+}
+FLAGS = ("nesterov", "maximize", "capturable", "precondition", "decoupled_weight_decay")
 NAMES = (
     "lr", "betas", "eps", "weight_decay", "shampoo_beta", "p", "ridge", "statistic", "graft",
     "block_size", "max_dimension", "refresh_every", "start_step", "root_method", "precision",
     "nesterov", "maximize", "capturable", "root_dtype", "precondition", "process_group",
+    "application", "scale", "rank_rtol", "basis_method", "refresh", "refresh_tolerance",
+    "decoupled_weight_decay", "max_update_rms", "split", "batch_dims",
 )  # fmt: skip
+OPTIONAL: dict[str, dict[str, float]] = {  # None, or a number within
+    "rank_rtol": {"below": 1},
+    "refresh_tolerance": {"below": 1},
+    "max_update_rms": {"least": torch.finfo(torch.float32).tiny},
+}
+# What came after version 0.1.0's first states, with the value that is what they were made with.
+ADDED = {
+    "application": "root", "scale": "trace", "rank_rtol": None,
+    "basis_method": "orthogonal_iteration", "refresh": "staggered", "refresh_tolerance": None,
+    "decoupled_weight_decay": True, "max_update_rms": None, "split": (1, 1), "batch_dims": 0,
+}  # fmt: skip
 
 
 def checked(group: dict) -> dict:
@@ -32,25 +57,23 @@ def checked(group: dict) -> dict:
     """
     for name in NAMES:
         _require(name in group, name, "an option of every param group", None)
-    plain = {
+    plain: dict[str, Any] = {
         "lr": learning_rate(group["lr"]),
         "betas": _betas(group["betas"]),
         # smaller ones are 0 in float32
         "eps": _number(group, "eps", least=torch.finfo(torch.float32).tiny),
         "weight_decay": _number(group, "weight_decay"),
-        "shampoo_beta": _number(group, "shampoo_beta", below=1),
+        "shampoo_beta": _number(group, "shampoo_beta", most=1),
         "ridge": _number(group, "ridge"),
         "p": _roots(group["p"]),
+        "split": _split(group["split"]),
+        "batch_dims": _count(group, "batch_dims", least=0),
     }
     for name in ("block_size", "max_dimension", "refresh_every", "start_step"):
         plain[name] = _count(group, name)
-    for name, allowed in (
-        ("statistic", STATISTICS),
-        ("graft", GRAFTS),
-        ("root_method", METHODS),
-        ("precision", PRECISIONS),
-        ("root_dtype", ROOT_DTYPES),
-    ):
+    for name, bounds in OPTIONAL.items():
+        plain[name] = None if group[name] is None else _number(group, name, **bounds)
+    for name, allowed in CHOICES.items():
         _require(
             any(group[name] is o or group[name] == o for o in allowed),
             name,
@@ -66,12 +89,7 @@ def checked(group: dict) -> dict:
     for name in FLAGS:
         _require(isinstance(group[name], bool), name, "True or False", group[name])
     plain = {name: plain.get(name, group[name]) for name in NAMES}
-    _check_root_options(plain)
-    if group["graft"] is None and group["precondition"] and group["start_step"] > 1:
-        raise ValueError(
-            "Shampoo: start_step must be 1 with graft=None (before start_step the graft alone is "
-            f"used), got {group['start_step']}"
-        )
+    check_combinations(plain)
     return plain
 
 
@@ -99,18 +117,23 @@ def learning_rate(lr: Any) -> float | Tensor:
     return lr if isinstance(lr, Tensor) else float(lr)
 
 
-def _number(group: dict, name: str, *, least: float = 0, below: float = math.inf) -> float:
+def _number(
+    group: dict, name: str, *, least: float = 0, most: float = math.inf, below: float = math.inf
+) -> float:
     value = group[name]
-    high = "finite" if below == math.inf else f"< {below}"
-    good = _is_real(value) and least <= value < below
+    high = f"<= {most}" if most < math.inf else "finite" if below == math.inf else f"< {below}"
+    good = _is_real(value) and least <= value <= most and value < below
     _require(good, name, f"a number >= {least} and {high}", value)
     return float(value)
 
 
-def _count(group: dict, name: str) -> int:
+def _is_count(value: Any, least: int = 1) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
+
+
+def _count(group: dict, name: str, least: int = 1) -> int:
     value = group[name]
-    good = not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= 1
-    _require(good, name, "an integer >= 1", value)
+    _require(_is_count(value, least), name, f"an integer >= {least}", value)
     return int(value)
 
 
@@ -122,6 +145,14 @@ def _betas(betas: Any) -> tuple[float, float]:
     )
     _require(good, "betas", "two numbers in [0, 1)", betas)
     return float(betas[0]), float(betas[1])
+
+
+def _split(split: Any) -> tuple[int, int]:
+    """(pieces of the rows, pieces of the columns); one number is that of the rows."""
+    pair = tuple(split) if isinstance(split, (tuple, list)) else (split, 1)
+    good = len(pair) == 2 and all(_is_count(count) for count in pair)
+    _require(good, "split", "an integer >= 1, or a pair (rows, columns) of them", split)
+    return int(pair[0]), int(pair[1])
 
 
 def _roots(p: Any) -> tuple[float | None, float | None]:
@@ -139,21 +170,3 @@ def _plain(root: Any) -> float | None:
     if root is None:
         return None
     return int(root) if root == int(root) else float(root)
-
-
-def _check_root_options(group: dict) -> None:
-    """Let inverse_root itself judge method, precision, ridge and p together, on an empty stack."""
-    choose("inverse_root", "cpu", torch.float32)  # a wrong SHAMPOO_KERNELS_BACKEND says so itself
-    for root in set(group["p"]) - {None}:
-        try:
-            inverse_root(
-                torch.empty(0, 2, 2),
-                root,
-                ridge=group["ridge"],
-                method=group["root_method"],
-                precision=group["precision"],
-            )
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"Shampoo: root_method, precision, ridge and p do not fit: {error}"
-            ) from None

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.optim.blocks import Cut
-from shampoo_kernels.optim.stacks import MOMENTS, build, cut_parameter
+from shampoo_kernels.optim.layout import MOMENTS, STRUCTURE
+from shampoo_kernels.optim.stacks import build, cut_parameter
 from shampoo_kernels.optim.state import check_state
-from shampoo_kernels.optim.team import STRUCTURE, Share, is_dtensor
+from shampoo_kernels.optim.team import Share, is_dtensor
 from shampoo_kernels.optim.update import Inputs, step_
 
 
@@ -85,7 +86,9 @@ class Plan:
         self.stacks = build(self.parameters, own, group, self.cuts, others)
         self.step_tensors = [state["step"] for state in own]
         self.steps = [int(step) for step in self.step_tensors]
-        self.moments = [[state[name] for state in own] for name in MOMENTS]
+        average, square = MOMENTS
+        self.averages = [state[average] for state in own]
+        self.squares = {i: state[square] for i, state in enumerate(own) if square in state}
 
     def fits(self, group: dict, states: Mapping[Tensor, dict], share: Share | None) -> bool:
         """No parameter joined, and neither options nor state tensors were replaced."""
@@ -95,7 +98,7 @@ class Plan:
             and _structure(group, parameters) == self.structure
             and all(
                 states[parameter].get(MOMENTS[0]) is exp_avg
-                for parameter, exp_avg in zip(parameters, self.moments[0], strict=True)
+                for parameter, exp_avg in zip(parameters, self.averages, strict=True)
             )
         )
 
@@ -122,8 +125,8 @@ class Plan:
         return Inputs(
             weights=self._matrices(self.parameters),
             grads=grads,
-            exp_avgs=self._matrices(self.moments[0]),
-            exp_avg_sqs=self._matrices(self.moments[1]),
+            exp_avgs=self._matrices(self.averages),
+            exp_avg_sqs={i: self._held(x).reshape(self.shapes[i]) for i, x in self.squares.items()},
             steps=self.steps,
         )
 
@@ -163,12 +166,29 @@ class Plan:
             raise RuntimeError("Shampoo: capturing step() in a CUDA graph needs capturable=True")
         complete = all(parameter.grad is not None for parameter in self.parameters)
         started = complete and min(self.steps) >= group["start_step"]
+        if group["precondition"] and _by_eigh(group):
+            raise RuntimeError(
+                "Shampoo: capturing step() in a CUDA graph needs roots and bases without eigh "
+                f"(it waits for the device), got {_by_eigh(group)}"
+            )
         if group["precondition"] and not (group["refresh_every"] == 1 and started):
             raise RuntimeError(
                 "Shampoo: capturing step() in a CUDA graph needs refresh_every=1, a gradient for "
                 f"every parameter, and start_step ({group['start_step']}) steps made before; "
                 f"got refresh_every={group['refresh_every']} after {min(self.steps)} steps"
             )
+
+
+def _by_eigh(group: dict) -> str:
+    """The option that asks for eigh, in words; empty where none does."""
+    if group["application"] == "soap":
+        return 'basis_method="eigh"' if group["basis_method"] == "eigh" else ""
+    if group["root_method"] == "eigh":
+        return 'root_method="eigh"'
+    if group["rank_rtol"] is not None:
+        return f"rank_rtol={group['rank_rtol']}"
+    fractions = [root for root in group["p"] if isinstance(root, float)]
+    return f"p={fractions[0]}" if fractions else ""
 
 
 def _structure(group: dict, parameters: list[Tensor]) -> tuple:

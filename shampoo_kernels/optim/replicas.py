@@ -16,7 +16,7 @@ from shampoo_kernels.optim.gathering import Gather, buckets
 from shampoo_kernels.optim.plan import Plan
 from shampoo_kernels.optim.stacks import Stack
 from shampoo_kernels.optim.team import Share
-from shampoo_kernels.optim.update import follow_, step_
+from shampoo_kernels.optim.update import Inputs, follow_, step_
 
 
 class ReplicaPlan(Plan):
@@ -34,17 +34,24 @@ class ReplicaPlan(Plan):
 
     def step_(self, group: dict, position: int) -> int:
         inputs = self._inputs()
+        coupled = group["weight_decay"] and not group["decoupled_weight_decay"]
+        if coupled:  # the gradient holds the weights as they are before the step
+            self._follow(inputs, group)
         gather = Gather(self.buckets, inputs.weights, self.team)
         for stack in self.stacks:
             step_(stack, inputs, group, position + stack.first)
             if stack.key.sides:
                 position += stack.total
                 gather.ready(stack.key)
-        for stack in self.others:
-            follow_(stack, inputs, group)
+        if not coupled:  # while weights travel
+            self._follow(inputs, group)
         gather.finish()
         self._write_back(inputs.weights, range(len(self.parameters)))
         return position
+
+    def _follow(self, inputs: Inputs, group: dict) -> None:
+        for stack in self.others:
+            follow_(stack, inputs, group)
 
 
 def _stack_of_others(stack: Stack, blocks: list[Block]) -> Stack:

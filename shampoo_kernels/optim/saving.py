@@ -119,7 +119,7 @@ def _current(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
             raise ValueError("Shampoo: a loaded param group must hold 'params', got "
                              f"{sorted(map(str, saved))}")  # fmt: skip
         alone = {"process_group": None}  # the group's own comes back later: torch.optim copies deep
-        plain = options.checked({**optimizer.defaults, **saved, **alone})
+        plain = options.checked({**optimizer.defaults, **options.ADDED, **saved, **alone})
         others = ANY if team_of(group) else ()  # which ones are not here, a step will know
         for parameter, key in zip(group["params"], saved["params"], strict=False):
             if key in states:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim import options, plans, saving
+from shampoo_kernels.optim import metrics, options, plans, saving, turns
 from shampoo_kernels.optim.plan import Plan, check_gradients, check_states, members
 from shampoo_kernels.optim.team import Share, agree, description, shares
 
@@ -22,22 +22,26 @@ class Shampoo(torch.optim.Optimizer):
     graft="adam" every block's update takes the norm of AdamW's, so that AdamW's learning rate is
     where to start (the best one was 1 to 3 times as large in our runs). Parameters without a factor
     (vectors, scalars, and groups with precondition=False) run AdamW itself, so one optimizer covers
-    a model. Every option can be set per param group. Moments, statistics and roots are float32,
-    float64 for float64 parameters.
+    a model; `split_params` makes the groups. Every option can be set per param group. Moments,
+    statistics and roots are float32, float64 for float64 parameters.
 
     Args:
         params: parameters, named parameters or param groups, as in torch.optim.
         lr: learning rate; a number, or a tensor of one element.
-        betas: decay of the momentum, and of the squared gradients of the graft.
+        betas: decay of the momentum, and of the squared gradients.
         eps: added to the root of the squared gradients.
-        weight_decay: decoupled, as in AdamW: W is multiplied by 1 - lr * weight_decay.
-        shampoo_beta: decay of L and R.
+        weight_decay: W is multiplied by 1 - lr * weight_decay, as in AdamW; see also
+            decoupled_weight_decay.
+        shampoo_beta: decay of L and R; 1: they are sums, as in Adagrad.
         p: the root, a number or (left, right); None on a side: no factor there. 2 is the paper's,
             4 the original Shampoo, 1 the Hessian view.
         ridge: L + ridge * eigenvalue_bound(L) * I is what gets inverted, and R likewise. Smaller
             ones amplify directions that have hardly been seen, which costs the first steps most.
-        statistic: "shampoo".
-        graft: "adam", or None: the update's own scale.
+        statistic: what L and R are averages of: "shampoo", "frobenius" or "kl", see
+            `statistics.update_`. "kl" needs p = 2.
+        graft: the method whose norm a block's update takes: "adam", "rmsprop", "adagrad" or "sgd",
+            of the same momentum, see `graft.direction`; parameters without a factor run it. None:
+            the update's own scale, and AdamW where there is no factor.
         block_size: longer sides are split into blocks of at most this length.
         max_dimension: a side longer than this has no factor and is not split.
         refresh_every: the roots of a block are computed anew every so many steps; in each step
@@ -50,11 +54,31 @@ class Shampoo(torch.optim.Optimizer):
         capturable: keep `step` on the device, as in torch.optim; for parameters on an accelerator.
         root_dtype: dtype in which the roots are kept, torch.float64, float32 or bfloat16; None is
             that of the statistics.
-        precondition: False runs AdamW.
+        precondition: False runs the graft alone: AdamW.
         process_group: the processes that hold the same parameters and gradients (as under
             DistributedDataParallel) and share the blocks out among themselves; None: every process
             works for itself, whether torch.distributed is initialised or not, since equal shapes do
             not mean equal models. DTensors (fully_shard) are shared out over their own mesh.
+        application: "root", or "soap": Adam in the eigenbasis of L and R, see
+            `eigenbasis.direction`; with graft=None and p = 2 (None on a side: no basis there).
+        scale: of the roots: "trace", "least_squares" or None, see `factors.refresh_roots_`.
+        rank_rtol: eigenvalues <= rank_rtol * the largest count as zero: roots of the
+            pseudo-inverse, by eigh.
+        basis_method: how "soap" refreshes a basis: a step of "orthogonal_iteration" from the last
+            one, or "eigh".
+        refresh: "staggered": as many blocks in every step. "level": as much work, a block taken as
+            m³ + n³. "together": all in one step.
+        refresh_tolerance: None, or a number below 1: a block whose turn it is keeps its root or
+            basis where that still fits L and R up to this much: ‖X^(p/2) L X^(p/2) - I‖ / sqrt(m)
+            for a root X, the share of QᵀLQ outside of its diagonal for a basis Q. It spares work on
+            a CPU; elsewhere, where choosing would mean waiting, it only keeps.
+        decoupled_weight_decay: False adds weight_decay * W to the gradient instead.
+        max_update_rms: the largest root mean square of the update of a block with a factor, before
+            the learning rate.
+        split: a number of equal pieces, of the rows or (rows, columns), into which a matrix is cut
+            before blocks are: 3 for a fused query, key and value, 3 * heads for each head, the
+            number of groups for a grouped convolution.
+        batch_dims: so many leading dimensions count matrices: 1 for a stack of experts.
 
     A block with a gradient that is not finite (or whose squares overflow) stands still: weights,
     moments, statistics, roots and its step count keep their values. A parameter without gradient
@@ -80,7 +104,8 @@ class Shampoo(torch.optim.Optimizer):
             nothing.
 
     Sources: Gupta, Koren, Singer 2018 (arXiv 1802.09568); Morwani et al. 2024 (arXiv 2406.17748),
-    H ≈ L ⊗ R / tr L; grafting: Anil et al. 2020 (arXiv 2002.09018); AdamW: arXiv 1711.05101.
+    H ≈ L ⊗ R / tr L; grafting: Anil et al. 2020 (arXiv 2002.09018); AdamW: arXiv 1711.05101; SOAP:
+    arXiv 2409.11321; KL-Shampoo: arXiv 2509.03378; update clipping: arXiv 1804.04235.
     """
 
     def __init__(
@@ -108,6 +133,16 @@ class Shampoo(torch.optim.Optimizer):
         root_dtype: torch.dtype | None = None,
         precondition: bool = True,
         process_group: "ProcessGroup | None" = None,
+        application: str = "root",
+        scale: str | None = "trace",
+        rank_rtol: float | None = None,
+        basis_method: str = "orthogonal_iteration",
+        refresh: str = "staggered",
+        refresh_tolerance: float | None = None,
+        decoupled_weight_decay: bool = True,
+        max_update_rms: float | None = None,
+        split: int | tuple[int, int] = 1,
+        batch_dims: int = 0,
     ) -> None:
         defaults = options.checked(dict(locals()))
         self._plans: dict[int, Plan] = {}
@@ -137,9 +172,10 @@ class Shampoo(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self._plans, self._checked, self._shares, self._agreed = {}, {}, {}, {}
+        self.defaults = {**options.ADDED, **self.defaults}
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            for name in options.NAMES:
+                group.setdefault(name, self.defaults[name])
             if group.get("version") in saving.OLD_VERSIONS:
                 for parameter in self.state.keys() & set(group["params"]):
                     self.state[parameter] = saving.upgraded(self.state[parameter])
@@ -169,10 +205,21 @@ class Shampoo(torch.optim.Optimizer):
         for group in self.param_groups:
             check_gradients(group)
         self._make_plans()
+        plans = [self._plans[number] for number in range(len(self.param_groups))]
+        turns.level_([plan.stacks for plan in plans], self.param_groups)
         position = 0
-        for number, group in enumerate(self.param_groups):
-            position = self._plans[number].step_(group, position)
+        for plan, group in zip(plans, self.param_groups, strict=True):
+            position = plan.step_(group, position)
         return loss
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What became of the blocks of this process: see `metrics.metrics`; all 0 before a step.
+
+        Tensors () on the device of the blocks: nothing waits until they are read. Roots computed
+        before loading, copying or a late parameter are counted again with their next refresh.
+        """
+        plans = self._plans.values()
+        return metrics.metrics((stack, plan.steps) for plan in plans for stack in plan.stacks)
 
     def state_dict(self) -> dict:
         """As in torch.optim, except that the tensors are copies: a snapshot."""

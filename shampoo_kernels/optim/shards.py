@@ -20,7 +20,7 @@ from shampoo_kernels.optim import stacks
 from shampoo_kernels.optim.blocks import Block, Cut, stack_blocks
 from shampoo_kernels.optim.exchange import Chunk, Swap, chunks, row_bounds
 from shampoo_kernels.optim.plan import Plan
-from shampoo_kernels.optim.stacks import Stack, cut_parameter, state_dtype
+from shampoo_kernels.optim.stacks import Matrices, Stack, cut_parameter, state_dtype
 from shampoo_kernels.optim.team import Share, Team
 from shampoo_kernels.optim.update import Inputs, step_
 
@@ -34,15 +34,20 @@ class Job:
     """One chunk of one stack; `part` has the own blocks, each as a parameter of its own."""
 
     chunk: Chunk
+    stack: Stack
     part: Stack
     position: int  # of the first own block among all that have a factor in this group
+    moments: list[int]
 
     def channels(self) -> list[tuple[torch.dtype, list[int]]]:
-        """Which of the four travel in which dtype."""
+        """What travels in which dtype."""
         dtype = self.chunk.key.rest[0]
         if dtype == self.part.dtype:
-            return [(dtype, [WEIGHT, GRAD, EXP_AVG, EXP_AVG_SQ])]
-        return [(dtype, [WEIGHT, GRAD]), (self.part.dtype, [EXP_AVG, EXP_AVG_SQ])]
+            return [(dtype, [WEIGHT, GRAD, *self.moments])]
+        return [(dtype, [WEIGHT, GRAD]), (self.part.dtype, self.moments)]
+
+    def place(self) -> int | None:
+        return None if self.stack.place is None else self.stack.place + self.chunk.start
 
 
 class ShardPlan(Plan):
@@ -64,9 +69,11 @@ class ShardPlan(Plan):
         for stack in self.stacks:
             if stack.key.sides:
                 runs = share.runs(self.parameters, every[stack.key])
+                squared = every[stack.key][0].parameter in self.squares
+                moments = [EXP_AVG, EXP_AVG_SQ] if squared else [EXP_AVG]
                 most = stacks.PART_BYTES // (4 * stack.dtype.itemsize)
                 for chunk in chunks(stack.key, runs, bounds, self.team.rank, most):
-                    self.jobs.append(_job(stack, chunk, self.count))
+                    self.jobs.append(_job(stack, chunk, self.count, moments))
                 self.count += stack.total
         self.local = [stack for stack in self.stacks if not stack.key.sides]
         for i, one in enumerate(self.cuts):  # from global to own rows
@@ -76,7 +83,7 @@ class ShardPlan(Plan):
 
     def step_(self, group: dict, position: int) -> int:
         inputs = self._inputs()
-        tensors = [
+        tensors: list[Matrices] = [
             inputs.weights,
             [self._gradient(inputs, i) for i in range(len(self.parameters))],
             inputs.exp_avgs,
@@ -154,7 +161,7 @@ class ShardPlan(Plan):
 class Visit:
     """The blocks of one job, on their way to their owners, there, and on their way back."""
 
-    def __init__(self, job: Job, tensors: list[list[Tensor]], team: Team) -> None:
+    def __init__(self, job: Job, tensors: list[Matrices], team: Team) -> None:
         self.job, self.tensors, self.team = job, tensors, team
         count, key = len(job.chunk.blocks), job.chunk.key
         self.packed: dict[int, Tensor] = {}  # (b, m, n) of each of the four
@@ -175,13 +182,15 @@ class Visit:
         blocks = self.job.chunk.blocks
         if not blocks:
             return
-        weights, grads, exp_avgs, exp_avg_sqs = (
-            list(self.packed[name].unbind()) for name in (WEIGHT, GRAD, EXP_AVG, EXP_AVG_SQ)
+        weights, grads, exp_avgs, *squares = (
+            list(self.packed[name].unbind()) for name in (WEIGHT, GRAD, *self.job.moments)
         )
         present = [j for j, block in enumerate(blocks) if block.parameter in inputs.grads]
         steps = [inputs.steps[block.parameter] for block in blocks]
+        exp_avg_sqs = dict(enumerate(squares[0])) if squares else {}
         own = Inputs(weights, {j: grads[j] for j in present}, exp_avgs, exp_avg_sqs, steps)
-        step_(self.job.part, own, group, position + self.job.position)
+        part = replace(self.job.part, place=self.job.place())
+        step_(part, own, group, position + self.job.position)
 
     def return_(self) -> None:
         for _, names in self.job.channels():
@@ -205,9 +214,10 @@ class Visit:
         ]
 
 
-def _job(stack: Stack, chunk: Chunk, position: int) -> Job:
+def _job(stack: Stack, chunk: Chunk, position: int, moments: list[int]) -> Job:
     count, key = len(chunk.blocks), stack.key
     part = stack.part(slice(chunk.start, chunk.start + count))
     whole = slice(0, key.m), slice(0, key.n)
     blocks = [Block(j, block.index, *whole) for j, block in enumerate(chunk.blocks)]
-    return Job(chunk, replace(part, blocks=blocks), position + stack.first + chunk.start)
+    part = replace(part, blocks=blocks)
+    return Job(chunk, stack, part, position + stack.first + chunk.start, moments)

@@ -1,25 +1,25 @@
 """Where statistics and roots live: one tensor per stack, with views of its blocks in the state.
 
 The state of a parameter holds, next to "step", "exp_avg" and "exp_avg_sq" (parameter-shaped), for
-each of its blocks i: "block_step.i" (finite gradients seen, for bias correction), and for each
-side with a factor "left.i", "left_root.i", "right.i", "right_root.i". A root that has not been
-computed yet is zero, which no inverse root is.
+each of its blocks i: "block_step.i" (finite gradients seen, for bias correction), for each side
+with a factor "left.i", "left_root.i", "right.i", "right_root.i", and what variants need besides:
+see layout.py. A root that has not been computed yet is zero, which no inverse root is; a basis is
+the identity.
 """
 
 import itertools
 import operator
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from shampoo_kernels.optim.blocks import LEFT, Block, Cut, StackKey, cut, stack_blocks
+from shampoo_kernels.optim.layout import block_state, kept, moment_names
 
 # Bytes of one packed temporary: larger stacks are processed in parts of this size.
 PART_BYTES = 64 << 20
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -39,7 +39,12 @@ class Stack:
     device: torch.device
     steps: Tensor  # (B,)
     statistic: dict[str, Tensor] = field(default_factory=dict)  # side: (B, d, d)
-    root: dict[str, Tensor] = field(default_factory=dict)  # side: (B, d, d)
+    root: dict[str, Tensor] = field(default_factory=dict)  # side: (B, d, d); or the basis
+    extra: dict[str, Tensor] = field(default_factory=dict)  # name: (B, ...)
+    kept: dict[str, str] = field(default_factory=dict)  # side: the state's name of `root`
+    # side: (B,) int8, the RootStatus of the last refresh, -1 before; no part of the state
+    status: dict[str, Tensor] = field(default_factory=dict)
+    place: int | None = None  # what turns go by, where it is not the number of the first block
     first: int = 0
     total: int = 0
 
@@ -55,7 +60,8 @@ class Stack:
         yield "block_step", self.steps
         for side in self.key.sides:
             yield side, self.statistic[side]
-            yield f"{side}_root", self.root[side]
+            yield self.kept[side], self.root[side]
+        yield from self.extra.items()
 
     def parts(self, present: Container[int]) -> Iterator[tuple[int, "Stack"]]:
         """(index of its first block, part): the blocks of the parameters in `present`.
@@ -81,12 +87,15 @@ class Stack:
     def part(self, part: slice) -> "Stack":
         if part == slice(0, len(self.blocks)):
             return self
-        statistic, root = (
-            {side: tensor[part] for side, tensor in tensors.items()}
-            for tensors in (self.statistic, self.root)
+        statistic, root, extra, status = (
+            {name: tensor[part] for name, tensor in tensors.items()}
+            for tensors in (self.statistic, self.root, self.extra, self.status)
         )
-        blocks, steps = self.blocks[part], self.steps[part]
-        return Stack(self.key, blocks, self.dtype, self.device, steps, statistic, root)
+        return replace(
+            self, blocks=self.blocks[part], steps=self.steps[part], statistic=statistic, root=root,
+            extra=extra, status=status,
+            place=None if self.place is None else self.place + part.start,
+        )  # fmt: skip
 
     def pieces(self, matrices: Matrices) -> list[Tensor]:
         """The blocks as views of matrices[parameter]."""
@@ -121,7 +130,10 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def cut_parameter(parameter: Tensor, group: dict) -> Cut:
     p = group["p"] if group["precondition"] else (None, None)
-    return cut(parameter.shape, p, group["block_size"], group["max_dimension"])
+    return cut(
+        parameter.shape, p, group["block_size"], group["max_dimension"], group["split"],
+        group["batch_dims"],
+    )  # fmt: skip
 
 
 def build(
@@ -133,15 +145,15 @@ def build(
     A state is empty, which is new, or holds what `check_state` wants. Blocks in
     others[parameter] belong to other ranks: there is no state of them, and what is there goes.
     """
-    for parameter, state in zip(parameters, states, strict=True):
-        _start_state(state, parameter, group["capturable"])
+    for parameter, state, one in zip(parameters, states, cuts, strict=True):
+        _start_state(state, parameter, moment_names(one.sides, group), group["capturable"])
     # one dtype a stack, so that a gradient meets the same Gram kernel in whatever company
     places = [(parameter.dtype, parameter.device) for parameter in parameters]
     stacks = []
     for key, blocks in stack_blocks(cuts, places).items():
         mine = [others is None or b.index not in others[b.parameter] for b in blocks]
         own = list(itertools.compress(blocks, mine))
-        stack = _empty_stack(key, own, group["root_dtype"])
+        stack = _empty_stack(key, own, group)
         stack.first, stack.total = mine.index(True) if own else 0, len(blocks)
         for name, tensor in stack.tensors():
             for block, view in zip(own, tensor.unbind(), strict=True):
@@ -155,12 +167,12 @@ def build(
     return stacks
 
 
-def _start_state(state: dict, parameter: Tensor, capturable: bool) -> None:
+def _start_state(state: dict, parameter: Tensor, moments: Sequence[str], capturable: bool) -> None:
     """Make "step" and the moments, or bring those that are there to where they are worked on."""
     step_device = parameter.device if capturable else "cpu"  # as torch.optim places it
     step = state.get("step", torch.zeros(()))
     state["step"] = step.to(step_device, torch.float32)
-    for name in MOMENTS:
+    for name in moments:
         dtype = state_dtype(parameter.dtype)
         moment = state.get(name)
         if moment is None:  # a DTensor for a DTensor
@@ -168,13 +180,27 @@ def _start_state(state: dict, parameter: Tensor, capturable: bool) -> None:
         state[name] = moment.to(parameter.device, dtype).contiguous()
 
 
-def _empty_stack(key: StackKey, blocks: list[Block], root_dtype: torch.dtype | None) -> Stack:
-    """No step, no statistics, no roots: all zero."""
+def _empty_stack(key: StackKey, blocks: list[Block], group: dict) -> Stack:
+    """No step, no statistics, no roots: all zero; bases are the identity."""
     dtype, device = state_dtype(key.rest[0]), key.rest[1]
     count = len(blocks)
     stack = Stack(key, blocks, dtype, device, torch.zeros(count, dtype=dtype, device=device))
-    for side in key.sides:
-        d = stack.dimension(side)
-        stack.statistic[side] = torch.zeros(count, d, d, dtype=dtype, device=device)
-        stack.root[side] = torch.zeros(count, d, d, dtype=root_dtype or dtype, device=device)
+    stack.kept = {side: kept(side, group) for side in key.sides}
+    stack.status = {
+        side: torch.full((count,), -1, dtype=torch.int8, device=device) for side in key.sides
+    }
+    roots = {name: side for side, name in stack.kept.items()}
+    for name, shape in block_state(key.m, key.n, key.sides, group):
+        if name == "block_step":
+            continue
+        of_root = (group["root_dtype"] or dtype) if name in roots else dtype
+        tensor = torch.zeros(count, *shape, dtype=of_root, device=device)
+        if name in roots:
+            stack.root[roots[name]] = tensor
+            if name.endswith("_basis"):
+                tensor.diagonal(dim1=-2, dim2=-1).fill_(1)
+        elif name in key.sides:
+            stack.statistic[name] = tensor
+        else:
+            stack.extra[name] = tensor
     return stack

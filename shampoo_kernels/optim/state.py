@@ -4,32 +4,32 @@ from collections.abc import Container, Mapping
 
 from torch import Tensor
 
-from shampoo_kernels.optim.blocks import LEFT, Cut
-from shampoo_kernels.optim.stacks import MOMENTS, cut_parameter
+from shampoo_kernels.optim.blocks import Cut
+from shampoo_kernels.optim.layout import STRUCTURE, block_state, moment_names
+from shampoo_kernels.optim.stacks import cut_parameter
 
 
-def state_shapes(parameter: Tensor, one: Cut) -> dict[str, tuple[int, ...]]:
-    shapes = {name: tuple(parameter.shape) for name in MOMENTS}
+def state_shapes(parameter: Tensor, one: Cut, group: dict) -> dict[str, tuple[int, ...]]:
+    shapes = {name: tuple(parameter.shape) for name in moment_names(one.sides, group)}
     shapes["step"] = ()
     for index, (rows, cols) in enumerate(one.pieces):
-        shapes[f"block_step.{index}"] = ()
-        for side in one.sides:
-            piece = rows if side == LEFT else cols
-            d = piece.stop - piece.start
-            shapes[f"{side}.{index}"] = shapes[f"{side}_root.{index}"] = (d, d)
+        m, n = rows.stop - rows.start, cols.stop - cols.start
+        for name, shape in block_state(m, n, one.sides, group):
+            shapes[f"{name}.{index}"] = shape
     return shapes
 
 
 def check_state(
     parameter: Tensor, state: Mapping, group: dict, others: Container[int] = ()
 ) -> None:
-    """ValueError unless `state` is empty or holds what the options of `group` ask for.
+    """ValueError unless `group` fits, and `state` is empty or holds what its options ask for.
 
     Blocks in `others` belong to other ranks: their state may be absent.
     """
+    one = cut_parameter(parameter, group)
     if not state:
         return
-    expected = state_shapes(parameter, cut_parameter(parameter, group))
+    expected = state_shapes(parameter, one, group)
     for name in sorted(expected.keys() | state.keys(), key=str):
         wanted, given = _words(expected.get(name)), _described(state.get(name))
         if name not in state and _block(name) in others:
@@ -37,7 +37,7 @@ def check_state(
         if wanted != given:
             raise ValueError(
                 f"Shampoo: state {name!r} of a parameter {tuple(parameter.shape)} must be "
-                f"{wanted}, got {given}; p, block_size, max_dimension and precondition cannot "
+                f"{wanted}, got {given}; {', '.join(STRUCTURE[:-1])} and {STRUCTURE[-1]} cannot "
                 "change once there is state"
             )
 

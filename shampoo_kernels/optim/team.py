@@ -10,10 +10,8 @@ from torch import Tensor
 
 from shampoo_kernels.optim import sharding
 from shampoo_kernels.optim.blocks import Block
+from shampoo_kernels.optim.layout import STRUCTURE
 from shampoo_kernels.optim.stacks import cut_parameter
-
-# The options that decide what the state of a parameter looks like.
-STRUCTURE = ("p", "block_size", "max_dimension", "precondition", "root_dtype", "capturable")
 
 
 @dataclass(frozen=True)
