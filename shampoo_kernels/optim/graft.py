@@ -30,9 +30,8 @@ def direction(
     "adam" and None: m / (sqrt(v / bias2) + eps), "rmsprop" and "adagrad": m / (sqrt(v) + eps),
     "sgd": m. Sources: arXiv 1711.05101 (AdamW); grafting: arXiv 2002.11803, 2002.09018.
     """
-    one = torch.ones_like(steps)
     if exp_avg_sq is None:
-        return momentum, one
-    root_bias = one if graft in ("rmsprop", "adagrad") else bias(steps, beta2).sqrt()
+        return momentum, torch.ones_like(steps)
+    root_bias = bias(steps, 1 if graft in ("rmsprop", "adagrad") else beta2).sqrt()
     denominator = exp_avg_sq.sqrt().add_(per_block(eps * root_bias))
     return torch.div(momentum, denominator, out=denominator), root_bias
