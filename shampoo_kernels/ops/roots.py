@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shampoo_kernels.ops import iterations
 from shampoo_kernels.ops.common import mirror_lower
-from shampoo_kernels.schedules import minimax_coefficients
+from shampoo_kernels.schedules import minimax_coefficients, reaches
 
 PRODUCT_ROOTS = iterations.PRODUCT_ROOTS
 CONVERGED, KEPT_PREVIOUS, FAILED = 0, 2, 3  # inverse_root.RootStatus
@@ -155,6 +155,16 @@ def schedule(
     least, most = (10 ** (-3 / p), 0.9) if method == "newton" else (0.0, 0.3)
     cushions = (c for c in _CUSHIONS if least <= c <= most)
     return make(*min(itertools.product((1, 2), cushions), key=cost))
+
+
+@functools.lru_cache(maxsize=256)
+def steps_with_reach(floor: float, p: int, dtype: torch.dtype) -> Tensor:
+    """The M-form's schedule as rows (a, b, c, reach), float64 on the CPU: what a kernel takes that
+    leaves out the steps which a matrix does not need (csrc/cuda/launchers.h, RootSteps)."""
+    steps = schedule("newton", floor, p, dtype)
+    rows = [(*step, *[0.0] * (3 - len(step))) for step in steps]
+    reach = [torch.inf, *reaches(steps, floor, p)[1:]]
+    return torch.tensor([(*row, r) for row, r in zip(rows, reach, strict=True)]).double()
 
 
 def by_eigh(
