@@ -114,6 +114,41 @@ struct NewtonSchedule {
 void inverse_root_newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule,
                          const Parallel& parallel);
 
+// estimate[b] <- the largest |eigenvalue| of stack[b], of which both triangles are read, from
+// below: `steps` times V <- orth(A V) from `vectors` fixed vectors (n at most count), then |A v| /
+// |v| for the best v in their span. 0 for a zero block, NaN for one that is not finite. `estimate`:
+// (blocks,); T: float, double; n, steps and vectors >= 1.
+template <class T>
+void power_iteration(const SymmetricStack<T>& stack, int64_t steps, int64_t vectors, T* estimate,
+                     const Parallel& parallel);
+
+// (blocks, n, n), any strides.
+template <class T>
+struct MatrixStack {
+  const T* data;
+  int64_t block_stride, row_stride, column_stride;
+
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+      T at(int64_t b, int64_t i, int64_t j) const {
+    return data[b * block_stride + i * row_stride + j * column_stride];
+  }
+};
+
+// `steps` times Q <- orth(A Q + lift max_k |q_k^T A q_k| Q), by QR with diag(R) >= 0; a Q whose
+// successor would be zero or not finite stays. Then eigenvalues = diag(Q^T A Q), NaN where A Q is
+// not finite. T: float, double.
+template <class T>
+struct OrthogonalIteration {
+  int64_t blocks, n;
+  MatrixStack<T> A, Q;  // A symmetric, both triangles read; Q with orthonormal columns
+  double lift;
+  int64_t steps;   // >= 0
+  T* eigenvalues;  // (blocks, n) contiguous
+  T* basis;        // (blocks, n, n) contiguous, the new Q; may overlap neither A nor Q
+};
+
 // Whether this process holds ssyevd_ and dsyevd_ (libtorch_cpu exports them where built with MKL).
 bool has_lapack();
 

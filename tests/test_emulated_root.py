@@ -1,5 +1,5 @@
-"""inverse_root.cu in emulation: float32 against the accuracy law, float64 against eigh, what a block
-without a root gets, bits, races and overruns."""
+"""inverse_root.cu in emulation: float32 against the accuracy law, float64 against eigh, what a
+block without a root gets, bits, races and overruns."""
 
 import functools
 import math
@@ -169,7 +169,7 @@ def test_too_large_is_refused(program):
     assert emulation.start(program, *arguments(A, 2)).returncode == 1
 
 
-# n = 36 takes two warps by multiply-adds, n = 32 three by tensor cores; few steps run every barrier.
+# n = 36 takes two warps by multiply-adds, n = 32 three by tensor cores; few steps run all barriers.
 SHORT = ([torch.eye(36) + 0.01], False), ([torch.eye(32) + 0.01], True)
 
 

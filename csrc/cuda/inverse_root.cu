@@ -246,7 +246,8 @@ template <class T>
 cudaError_t inverse_root_small_cuda(const InverseRoot<T>& problem, const RootSteps<T>& steps,
                                     bool tensor_cores, cudaStream_t stream) {
   const int64_t n = problem.A.n, bytes = inverse_root_small_bytes<T>(n, tensor_cores);
-  if (n < 1 || n > kMostN || bytes > shared_memory_limit()) return cudaErrorInvalidValue;
+  const bool fits = bytes + static_cast<int64_t>(sizeof(Scratch<T>)) <= shared_memory_limit();
+  if (n < 1 || n > kMostN || !fits) return cudaErrorInvalidValue;
   if constexpr (sizeof(T) == sizeof(float)) {
     if (tensor_cores) return launch_with<T, MmaProduct>(problem, steps, bytes, stream);
     if (n > kLargestSmallTile) {

@@ -39,4 +39,18 @@ cudaError_t inverse_root_small_cuda(const InverseRoot<T>& problem, const RootSte
 template <class T>
 int64_t inverse_root_small_bytes(int64_t n, bool tensor_cores);
 
+// As power_iteration of kernels.h, n <= kPowerMostN and vectors <= kPowerVectors.
+constexpr int kPowerMostN = 1024, kPowerVectors = 16;
+template <class T>
+cudaError_t power_iteration_cuda(const SymmetricStack<T>& stack, int steps, int vectors,
+                                 T* estimate, cudaStream_t stream);
+
+// As orthogonal_iteration of kernels.h, n <= 128. Needs orthogonal_iteration_bytes() of shared
+// memory, no more than shared_memory_limit().
+template <class T>
+cudaError_t orthogonal_iteration_cuda(const OrthogonalIteration<T>& problem, cudaStream_t stream);
+
+template <class T>
+int64_t orthogonal_iteration_bytes(int64_t n);
+
 }  // namespace shampoo

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/block_reduce.h"
+#include "cuda/shared_memory.h"
 
 namespace shampoo {
 
@@ -27,14 +28,6 @@ template <class T>
 struct alignas(16) Four {
   T v[4];
 };
-
-// x, of which the compiler knows nothing: it cannot compute ahead what depends on it.
-__device__ __forceinline__ int opaque(int x) {
-#if !defined(SHAMPOO_EMULATED)
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
 
 // A, B, C, D are (n, n) in shared memory, symmetric and commuting, so that the product is symmetric
 // too: its lower triangle is computed and mirrored. They have rows of leading() numbers, those from

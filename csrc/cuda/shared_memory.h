@@ -1,4 +1,4 @@
-// Dynamic shared memory: how a kernel names it, and how a launch asks for it.
+// Dynamic shared memory: how a kernel names it, and how a launch asks for it; registers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,6 +18,14 @@ __device__ __forceinline__ T* dynamic_shared() {
 #else
   return reinterpret_cast<T*>(dynamic_shared_bytes);
 #endif
+}
+
+// x, of which the compiler knows nothing: it cannot compute ahead what depends on it.
+__device__ __forceinline__ int opaque(int x) {
+#if !defined(SHAMPOO_EMULATED)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
 }
 
 // Launches one thread block per task with `bytes` of dynamic shared memory.
