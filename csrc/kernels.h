@@ -149,6 +149,44 @@ struct OrthogonalIteration {
   T* basis;        // (blocks, n, n) contiguous, the new Q; may overlap neither A nor Q
 };
 
+// A matrix somewhere in memory and its place in a stack, one row of a table of int64. The two do
+// not overlap, and no two pieces of a call write to the same memory.
+struct Piece {
+  void* data;    // (rows, columns) of dtype, any strides
+  void* packed;  // (rows, columns) of packed_dtype, contiguous
+  int64_t rows, columns, row_stride, column_stride;
+  int64_t dtype, packed_dtype;  // DType
+};
+static_assert(sizeof(Piece) == 8 * sizeof(int64_t));
+
+// What one thread or thread block does at a time: the elements of pieces[piece] from chunk *
+// kChunkElements on, in rows, so many at most.
+struct PieceChunk {
+  int32_t piece, chunk;
+};
+constexpr int64_t kChunkElements = 8192;
+
+struct PieceTable {
+  const Piece* pieces;
+  const PieceChunk* chunks;  // every chunk of every piece
+  int64_t chunk_count;
+};
+
+// packed <- data of every piece, cast.
+void pack(const PieceTable& pieces, const Parallel& parallel);
+
+// data <- decay[i] data + step[i] packed of piece i, in float32, or in float64 where one of the two
+// is; without factors data <- packed. decay[i] = 0 does not read data, step[i] = 0 does not read
+// packed, and with decay[i] = 1 too nothing is written. F: float, double.
+template <class F>
+struct PieceFactors {
+  const F* decay;  // (pieces,) or null, both
+  const F* step;
+};
+template <class F>
+void unpack_apply(const PieceTable& pieces, const PieceFactors<F>& factors,
+                  const Parallel& parallel);
+
 // Whether this process holds ssyevd_ and dsyevd_ (libtorch_cpu exports them where built with MKL).
 bool has_lapack();
 

@@ -44,6 +44,7 @@ TABLE = (
         (torch.float32, torch.float64),
         "products or one LAPACK call a block",
     ),
+    Row("pack", "cpu", "native", (torch.float32,), "all pieces in one call"),
     Row("gram_ema_", "cuda", "triton", (torch.float32,), "symmetric product", False),
     Row("kronecker_power_step", "cuda", "triton", (torch.float32,), "symmetric product", False),
     Row("inverse_root", "cuda", "triton", (torch.float32,), "iterations in half products", False),
@@ -58,6 +59,7 @@ OPS = (
     "kronecker_power_step",
     "precondition",
     "orthogonalize",
+    "pack",  # internal: what an optimizer does around the others
 )
 
 _VARIABLE = "SHAMPOO_KERNELS_BACKEND"

@@ -14,8 +14,8 @@ CSRC = Path(__file__).resolve().parents[1] / "csrc"
 CXX = shutil.which("g++") or shutil.which("clang++")
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 PLAIN = ("-O2",)
-THREADS = ("-O1", "-g", "-fsanitize=thread")
-ADDRESSES = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+THREADS = ("-O1", "-g1", "-fsanitize=thread")
+ADDRESSES = ("-O1", "-g1", "-fsanitize=address")
 
 needs_compiler = pytest.mark.skipif(
     CXX is None or not CSRC.exists(), reason="needs a C++ compiler and the sources"
@@ -38,7 +38,8 @@ def planted(folder: Path, file: str, right: str, wrong: str) -> Path:
     csrc = folder / "csrc"
     for part in ("cuda", "emulate"):
         shutil.copytree(CSRC / part, csrc / part)
-    shutil.copy(CSRC / "kernels.h", csrc)
+    for header in CSRC.glob("*.h"):
+        shutil.copy(header, csrc)
     text = (csrc / "cuda" / file).read_text()
     assert right in text, f"{file} has changed: plant the fault elsewhere"
     (csrc / "cuda" / file).write_text(text.replace(right, wrong, 1))

@@ -53,4 +53,11 @@ cudaError_t orthogonal_iteration_cuda(const OrthogonalIteration<T>& problem, cud
 template <class T>
 int64_t orthogonal_iteration_bytes(int64_t n);
 
+// As pack and unpack_apply of kernels.h; the tables too are in device memory.
+cudaError_t pack_cuda(const PieceTable& pieces, cudaStream_t stream);
+
+template <class F>
+cudaError_t unpack_apply_cuda(const PieceTable& pieces, const PieceFactors<F>& factors,
+                              cudaStream_t stream);
+
 }  // namespace shampoo
