@@ -5,6 +5,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(SHAMPOO_CUDA)
+#include "cuda/launchers.h"
+#endif
+
 #if !defined(SHAMPOO_CUDA_ARCHS)
 #define SHAMPOO_CUDA_ARCHS ""
 #endif
@@ -78,4 +82,20 @@ PYBIND11_MODULE(_C, m) {
       "peak_gflops", [] { return shampoo::peak_gflops(shampoo::torch_threads()); },
       "Measured float32 FMA rate on torch's threads, for benchmarks.");
   m.def("has_lapack", &shampoo::has_lapack, "Whether inverse_root_eigh_ can run.");
+#if defined(SHAMPOO_CUDA)
+  m.def(
+      "inverse_root_small_bytes",
+      [](int64_t n, bool wide, bool tensor_cores) {
+        return wide ? shampoo::inverse_root_small_bytes<double>(n, tensor_cores)
+                    : shampoo::inverse_root_small_bytes<float>(n, tensor_cores);
+      },
+      "Shared memory that inverse_root_small_ needs; wide: float64.");
+  m.def(
+      "orthogonal_iteration_bytes",
+      [](int64_t n, bool wide) {
+        return wide ? shampoo::orthogonal_iteration_bytes<double>(n)
+                    : shampoo::orthogonal_iteration_bytes<float>(n);
+      },
+      "Shared memory that orthogonal_iteration_ needs on a GPU.");
+#endif
 }

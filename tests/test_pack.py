@@ -91,7 +91,7 @@ class Emulated:
         data = bytes(memory) + emulation.raw(self.table, chunks, *factors)
         shape = (torch.uint8, (self.size,))
         (memory,) = emulation.call(self.program, dtype, sizes, data, shape)
-        for tensor, offset, storage in self.spans:
+        for _, offset, storage in self.spans:
             raw = torch.empty(0, dtype=torch.uint8).set_(storage)
             raw.copy_(memory[offset : offset + storage.nbytes()])
 

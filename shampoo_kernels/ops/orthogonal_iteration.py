@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.chooser import choose
-from shampoo_kernels.ops import common
+from shampoo_kernels.ops import common, small
 from shampoo_kernels.ops.product import product
 
 _OP = "orthogonal_iteration"
@@ -49,6 +49,11 @@ def _iterate(A: Tensor, Q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         return A.new_empty(A.shape[:-1]), Q.clone()
     backend = choose(_OP, A.device.type, A.dtype)
     lift = max(1e-8, min(64 * A.shape[-1] * torch.finfo(A.dtype).eps, 0.125))
+    if backend == "native" and small.takes_basis(A):
+        eigenvalues, new = A.new_empty(A.shape[:-1]), A.new_empty(A.shape)
+        native = torch.ops.shampoo_kernels_native
+        native.orthogonal_iteration_(A, Q, lift, steps, eigenvalues, new)
+        return eigenvalues, new
     Z = product(A, Q, backend=backend)
     for _ in range(steps):
         largest = torch.linalg.vecdot(Q, Z, dim=-2).abs().amax(-1)[:, None, None]

@@ -26,8 +26,8 @@ class Pieces:
     alive. No piece may overlap another or a packed one.
 
     Raises:
-        TypeError: a dtype that is not float64, float32, bfloat16 or float16; ValueError: shapes that
-        differ, a packed piece that is not contiguous, tensors of several devices.
+        TypeError: a dtype that is not float64, float32, bfloat16 or float16; ValueError: shapes
+        that differ, a packed piece that is not contiguous, tensors of several devices.
     """
 
     def __init__(self, data: Sequence[Tensor], packed: Sequence[Tensor]):
@@ -88,7 +88,7 @@ class Pieces:
 
         In float32, or float64 where one of the two is, rounded once to the dtype of the piece. For
         W <- (1 - lr wd) W - lr s U: decay = 1 - lr wd, step = -lr s. decay[i] = 0 does not read
-        data[i], step[i] = 0 does not read packed[i], and with decay[i] = 1 data[i] stays bit for bit.
+        data[i], step[i] = 0 does not read packed[i]; with decay[i] = 1 too data[i] keeps its bits.
 
         Args:
             decay, step: (pieces,) of `factor_dtype`: float64 where one of the tensors is, else

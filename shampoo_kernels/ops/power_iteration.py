@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from shampoo_kernels.ops import common
+from shampoo_kernels.chooser import choose
+from shampoo_kernels.ops import common, small
 
 _OP = "power_iteration"
 
@@ -93,6 +94,8 @@ def _check(A: Tensor, steps: int, vectors: int) -> None:
 
 def _implementation(A: Tensor, steps: int, vectors: int) -> Tensor:
     _check(A, steps, vectors)
+    if choose(_OP, A.device.type, A.dtype) == "native" and small.takes_power(A, vectors):
+        return torch.ops.shampoo_kernels_native.power_iteration(A, steps, vectors)
     return power_iteration_ref(A, steps, vectors)
 
 

@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import Tensor
 
-from shampoo_kernels.ops import iterations
+from shampoo_kernels.ops import iterations, small
 from shampoo_kernels.ops.common import mirror_lower
 from shampoo_kernels.schedules import minimax_coefficients, reaches
 
@@ -59,10 +59,20 @@ def compute(
     status: Tensor,
     precision: str,
 ) -> None:
-    """One method on one backend: native are eigh, and newton in float32; on Triton iterations."""
+    """One method on one backend. Native are eigh, and newton in float32, on a CPU; newton of small
+    matrices on a GPU. On Triton iterations."""
     results = (root, residual, status)
     newton = method == "newton" and A.dtype == torch.float32
-    if backend == "native" and (newton or method == "eigh"):
+    if backend == "native" and method == "newton" and small.takes_root(A):
+        dense = root if root.is_contiguous() else root.contiguous()
+        steps = steps_with_reach(floor, int(p), A.dtype)
+        torch.ops.shampoo_kernels_native.inverse_root_small_(
+            A, int(p), ridge, steps, small.tensor_cores(A.shape[-1], A.dtype), previous,
+            dense, residual, status,
+        )  # fmt: skip
+        if dense is not root:
+            root.copy_(dense)
+    elif backend == "native" and A.device.type == "cpu" and (newton or method == "eigh"):
         dense = root if root.is_contiguous() else root.contiguous()
         native, rest = torch.ops.shampoo_kernels_native, (previous, dense, residual, status)
         if newton:
