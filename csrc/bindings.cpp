@@ -82,6 +82,7 @@ PYBIND11_MODULE(_C, m) {
       "peak_gflops", [] { return shampoo::peak_gflops(shampoo::torch_threads()); },
       "Measured float32 FMA rate on torch's threads, for benchmarks.");
   m.def("has_lapack", &shampoo::has_lapack, "Whether inverse_root_eigh_ can run.");
+  m.def("has_qr", &shampoo::has_qr, "Whether orthogonal_iteration_ can run.");
 #if defined(SHAMPOO_CUDA)
   m.def(
       "inverse_root_small_bytes",

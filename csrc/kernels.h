@@ -148,6 +148,10 @@ struct OrthogonalIteration {
   T* eigenvalues;  // (blocks, n) contiguous
   T* basis;        // (blocks, n, n) contiguous, the new Q; may overlap neither A nor Q
 };
+// One LAPACK QR per block and step on one thread; requires has_qr().
+template <class T>
+void orthogonal_iteration(const OrthogonalIteration<T>& problem, const Parallel& parallel);
+bool has_qr();  // whether this process holds ?geqrf_ and ?orgqr_
 
 // A matrix somewhere in memory and its place in a stack, one row of a table of int64. The two do
 // not overlap, and no two pieces of a call write to the same memory.

@@ -36,7 +36,8 @@ TABLE = (
     Row("gram_ema_", "cpu", "native", (torch.float32,), "symmetric product"),
     Row("kronecker_power_step", "cpu", "native", (torch.float32,), "symmetric product"),
     Row("precondition", "cpu", "native", (torch.float32,), "product"),
-    Row("orthogonal_iteration", "cpu", "native", (torch.float32,), "product; QR by torch"),
+    Row("power_iteration", "cpu", "native", MASTERS, "a block per thread"),
+    Row("orthogonal_iteration", "cpu", "native", MASTERS, "product and LAPACK QR per block"),
     Row("orthogonalize", "cpu", "native", (torch.float32,), "symmetric and full products"),
     Row("eigenvalue_bound", "cpu", "native", (torch.float32, torch.float64), "one pass per block"),
     Row(
