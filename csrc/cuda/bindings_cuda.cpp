@@ -16,10 +16,10 @@ Tensor eigenvalue_bound(Tensor A) {
   const Tensor workspace = torch::stable::new_empty(
       A, {shampoo::eigenvalue_bound_workspace(A.size(0), A.size(1))}, ScalarType::Double);
   shampoo::by_dtype(A, [&]<class T>(T) {
-    shampoo::check_launch(op, shampoo::eigenvalue_bound_cuda<T>(
-                                  shampoo::symmetric_stack<T>(A),
-                                  static_cast<double*>(workspace.mutable_data_ptr()),
-                                  static_cast<T*>(bound.mutable_data_ptr()), here.stream));
+    shampoo::check_launch(
+        op, shampoo::eigenvalue_bound_cuda<T>(
+                shampoo::symmetric_stack<T>(A), static_cast<double*>(workspace.mutable_data_ptr()),
+                static_cast<T*>(bound.mutable_data_ptr()), here.stream));
   });
   return bound;
 }
@@ -67,8 +67,8 @@ void inverse_root_small_(Tensor A, int64_t p, double ridge, Tensor steps, bool t
                                           root.mutable_data_ptr<T>(),
                                           residual.mutable_data_ptr<T>(),
                                           status.mutable_data_ptr<int8_t>()};
-    shampoo::check_launch(op, shampoo::inverse_root_small_cuda<T>(
-                                  problem, root_steps<T>(steps, p), tensor_cores, here.stream));
+    shampoo::check_launch(op, shampoo::inverse_root_small_cuda<T>(problem, root_steps<T>(steps, p),
+                                                                  tensor_cores, here.stream));
   });
 }
 
