@@ -141,7 +141,7 @@ def check_pack() -> None:
         decay = torch.rand(len(data), device=DEVICE, dtype=pieces.factor_dtype)
         step = torch.randn(len(data), device=DEVICE, dtype=pieces.factor_dtype)
         decay[::7], step[::7] = 1, 0
-        before = [x.double() for x in data]
+        before = [x.to(torch.float64, copy=True) for x in data]
         pieces.apply_(decay, step)
     for d, s, x, old, p in zip(decay, step, data, before, packed, strict=True):
         wanted, eps = d * old + s * p.double(), torch.finfo(x.dtype).eps

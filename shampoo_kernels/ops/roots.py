@@ -174,7 +174,8 @@ def steps_with_reach(floor: float, p: int, dtype: torch.dtype) -> Tensor:
     steps = schedule("newton", floor, p, dtype)
     rows = [(*step, *[0.0] * (3 - len(step))) for step in steps]
     reach = [torch.inf, *reaches(steps, floor, p)[1:]]
-    return torch.tensor([(*row, r) for row, r in zip(rows, reach, strict=True)]).double()
+    complete = [(*row, r) for row, r in zip(rows, reach, strict=True)]
+    return torch.tensor(complete, dtype=torch.float64, device="cpu")
 
 
 def by_eigh(
