@@ -91,7 +91,7 @@ def test_the_larger_tile(program, n):
 def test_float64(program, n):
     made = matrices.families(n)
     A = torch.stack([made[f"condition 1e{k}"] for k in (0, 4, 8)])
-    for p in (1, 4):
+    for p in (1, 3):  # the last steps of 3 are no float32 numbers
         root, _, status = root_of(program, A, p, 1e-8)
         exact, kappa = truth(A, p, 1e-8)
         assert status.tolist() == [0, 0, 0]
