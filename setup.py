@@ -49,7 +49,8 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = $nvcc -MMD -MF $out.d $nvcc_flags -c $in -o $out
+  command = $nvcc -MMD -MF $out.d $nvcc_flags -Xptxas -v -c $in -o $out >$out.txt 2>&1 $
+      || { cat $out.txt; exit 1; }
   depfile = $out.d
   deps = gcc
 rule link
@@ -202,6 +203,9 @@ def compile_all(target: Path, compiler: str, torch: Torch, cuda: Cuda | None) ->
     ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
     jobs = os.environ.get("MAX_JOBS")
     print(run([*ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])]))
+    if cuda:  # registers, shared memory and spills of every kernel, as ptxas tells them
+        reports = sorted(folder.glob("cuda/*.cu.o.txt"))
+        (folder / "ptxas.txt").write_text("".join(report.read_text() for report in reports))
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / target.name, target)
 

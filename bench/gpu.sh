@@ -53,14 +53,28 @@ grep -E "^FAILED|checks passed" "$results/checks.txt"
 
 echo "== compute-sanitizer ($((SECONDS - start)) s)"
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
-if [ -n "$sanitizer" ]; then
-    run timeout 90 "$sanitizer" --tool memcheck --error-exitcode 9 "$python" \
-        "$root/bench/gpu_checks.py" --small --part 0/5 >"$results/sanitizer.txt" 2>&1
+sanitize() { # tool, seconds, program ...
+    local tool=$1 seconds=$2
+    shift 2
+    echo "-- $tool $*" >>"$results/sanitizer.txt"
+    run timeout "$seconds" "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" "$@" \
+        >>"$results/sanitizer.txt" 2>&1
     case $? in
-    0) echo "   clean" ;;
-    124) echo "   out of time" | tee -a "$results/sanitizer.txt" ;;
-    *) failed+=(sanitizer) ;;
+    0) echo "   $tool: clean" ;;
+    124) echo "   $tool: out of time" | tee -a "$results/sanitizer.txt" ;;
+    *) failed+=("$tool") ;;
     esac
+}
+if [ -n "$sanitizer" ]; then
+    : >"$results/sanitizer.txt"
+    sanitize memcheck 60 "$root/bench/gpu_checks.py" --small --part 0/5
+    # CUDA C++ alone: races in shared memory are what Triton leaves no room for.
+    if run "$python" -c 'import gpu_checks_native as c, sys; sys.exit(bool(c.why_not()))'; then
+        sanitize memcheck 40 "$root/bench/gpu_checks_native.py"
+        sanitize racecheck 60 "$root/bench/gpu_checks_native.py"
+    else
+        echo "   CUDA C++ is not built: nothing of it to sanitize" | tee -a "$results/sanitizer.txt"
+    fi
 else
     echo "   not done: there is no compute-sanitizer" | tee "$results/sanitizer.txt"
 fi

@@ -245,9 +245,11 @@ def main() -> int:
         "rows": [],
         "left out": [],
     }
+    from gpu_bench_native import jobs as native_jobs
+
     with use_backend("triton"):
-        for function, arguments in jobs():
-            name = f"{function.__name__}{arguments}"
+        for function, arguments in native_jobs() + jobs():
+            name = f"{function.__name__}{arguments}"[:80]
             if time.monotonic() > DEADLINE:
                 results["left out"].append(f"not measured, out of time: {name}")
                 continue

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 
+import gpu_checks_native
 import torch
 
 from shampoo_kernels import (
@@ -299,12 +300,17 @@ LARGE: dict[str, Callable[[], None]] = {
 
 
 def checks(small: bool = False) -> dict[str, Callable[[], None]]:
-    """{name: function that raises where something does not hold}, all by the Triton kernels."""
+    """{name: function that raises where something does not hold}: Triton's kernels, and CUDA C++'s
+    where they are built."""
     named: dict[str, Callable[[], None]] = {
         f"row {row.op} {row.form} {row.block} {mode}": functools.partial(check_row, row, mode)
         for row, mode in rows()
     }
-    return SMALL if small else named | SMALL | LARGE
+    if reason := gpu_checks_native.why_not():
+        print(f"CUDA C++ is left out: {reason}", file=sys.stderr)
+        return SMALL if small else named | SMALL | LARGE
+    own = gpu_checks_native.SMALL | ({} if small else gpu_checks_native.LARGE)
+    return (SMALL if small else named | SMALL | LARGE) | own
 
 
 def run(function: Callable[[], None]) -> None:

@@ -124,6 +124,83 @@ struct NewtonSchedule {
 void inverse_root_newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule,
                          const Parallel& parallel);
 
+// estimate[b] <- the largest |eigenvalue| of stack[b], of which both triangles are read, from
+// below: `steps` times V <- orth(A V) from `vectors` fixed vectors (n at most count), then |A v| /
+// |v| for the best v in their span. 0 for a zero block, NaN for one that is not finite. `estimate`:
+// (blocks,); T: float, double; n, steps and vectors >= 1.
+template <class T>
+void power_iteration(const SymmetricStack<T>& stack, int64_t steps, int64_t vectors, T* estimate,
+                     const Parallel& parallel);
+
+// (blocks, n, n), any strides.
+template <class T>
+struct MatrixStack {
+  const T* data;
+  int64_t block_stride, row_stride, column_stride;
+
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+      T at(int64_t b, int64_t i, int64_t j) const {
+    return data[b * block_stride + i * row_stride + j * column_stride];
+  }
+};
+
+// `steps` times Q <- orth(A Q + lift max_k |q_k^T A q_k| Q), by QR with diag(R) >= 0; a Q whose
+// successor would be zero or not finite stays. Then eigenvalues = diag(Q^T A Q), NaN where A Q is
+// not finite. T: float, double.
+template <class T>
+struct OrthogonalIteration {
+  int64_t blocks, n;
+  MatrixStack<T> A, Q;  // A symmetric, both triangles read; Q with orthonormal columns
+  double lift;
+  int64_t steps;   // >= 0
+  T* eigenvalues;  // (blocks, n) contiguous
+  T* basis;        // (blocks, n, n) contiguous, the new Q; may overlap neither A nor Q
+};
+// One LAPACK QR per block and step on one thread; requires has_qr().
+template <class T>
+void orthogonal_iteration(const OrthogonalIteration<T>& problem, const Parallel& parallel);
+bool has_qr();  // whether this process holds ?geqrf_ and ?orgqr_
+
+// A matrix somewhere in memory and its place in a stack, one row of a table of int64. The two do
+// not overlap, and no two pieces of a call write to the same memory.
+struct Piece {
+  void* data;    // (rows, columns) of dtype, any strides
+  void* packed;  // (rows, columns) of packed_dtype, contiguous
+  int64_t rows, columns, row_stride, column_stride;
+  int64_t dtype, packed_dtype;  // DType
+};
+static_assert(sizeof(Piece) == 8 * sizeof(int64_t));
+
+// What one thread or thread block does at a time: the elements of pieces[piece] from chunk *
+// kChunkElements on, in rows, so many at most.
+struct PieceChunk {
+  int32_t piece, chunk;
+};
+constexpr int64_t kChunkElements = 8192;
+
+struct PieceTable {
+  const Piece* pieces;
+  const PieceChunk* chunks;  // every chunk of every piece
+  int64_t chunk_count;
+};
+
+// packed <- data of every piece, cast.
+void pack(const PieceTable& pieces, const Parallel& parallel);
+
+// data <- decay[i] data + step[i] packed of piece i, in float32, or in float64 where one of the two
+// is; without factors data <- packed. decay[i] = 0 does not read data, step[i] = 0 does not read
+// packed, and with decay[i] = 1 too nothing is written. F: float, double.
+template <class F>
+struct PieceFactors {
+  const F* decay;  // (pieces,) or null, both
+  const F* step;
+};
+template <class F>
+void unpack_apply(const PieceTable& pieces, const PieceFactors<F>& factors,
+                  const Parallel& parallel);
+
 // Whether this process holds ssyevd_ and dsyevd_ (libtorch_cpu exports them where built with MKL).
 bool has_lapack();
 

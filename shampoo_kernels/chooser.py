@@ -29,12 +29,15 @@ class Served(NamedTuple):
     reason: str
 
 
+MASTERS = (torch.float32, torch.float64)
+
 # The reference serves every op, device and dtype that no row names.
 TABLE = (
     Row("gram_ema_", "cpu", "native", (torch.float32,), "symmetric product"),
     Row("kronecker_power_step", "cpu", "native", (torch.float32,), "symmetric product"),
     Row("precondition", "cpu", "native", (torch.float32,), "product"),
-    Row("orthogonal_iteration", "cpu", "native", (torch.float32,), "product; QR by torch"),
+    Row("power_iteration", "cpu", "native", MASTERS, "a block per thread"),
+    Row("orthogonal_iteration", "cpu", "native", MASTERS, "product and LAPACK QR per block"),
     Row("orthogonalize", "cpu", "native", (torch.float32,), "symmetric and full products"),
     Row("eigenvalue_bound", "cpu", "native", (torch.float32, torch.float64), "one pass per block"),
     Row(
@@ -44,10 +47,16 @@ TABLE = (
         (torch.float32, torch.float64),
         "products or one LAPACK call a block",
     ),
+    Row("pack", "cpu", "native", (torch.float32,), "all pieces in one call"),
     Row("gram_ema_", "cuda", "triton", (torch.float32,), "symmetric product", False),
     Row("kronecker_power_step", "cuda", "triton", (torch.float32,), "symmetric product", False),
     Row("inverse_root", "cuda", "triton", (torch.float32,), "iterations in half products", False),
     Row("precondition", "cuda", "triton", (torch.float32,), "norm in the product", False),
+    Row("eigenvalue_bound", "cuda", "native", MASTERS, "one launch", False),
+    Row("inverse_root", "cuda", "native", MASTERS, "newton to n = 128 in one launch", False),
+    Row("power_iteration", "cuda", "native", MASTERS, "to n = 1024 in one launch", False),
+    Row("orthogonal_iteration", "cuda", "native", MASTERS, "to n = 128 in one launch", False),
+    Row("pack", "cuda", "native", (torch.float32,), "all pieces in one launch", False),
 )
 OPS = (
     "gram_ema_",
@@ -58,6 +67,7 @@ OPS = (
     "kronecker_power_step",
     "precondition",
     "orthogonalize",
+    "pack",  # internal: what an optimizer does around the others
 )
 
 _VARIABLE = "SHAMPOO_KERNELS_BACKEND"
@@ -101,6 +111,10 @@ def why_absent(row: Row) -> str | None:
         return kernels.why_not()
     if native.lib is None:
         return native.why_not
+    if row.device == "cuda":
+        if not native.lib.build_facts()["cuda_archs"]:
+            return f"CUDA C++ is not built: {native.facts['cuda_why_not']}"
+        return None if torch.cuda.is_available() else "there is no CUDA device"
     if row.op == "inverse_root" and not native.lib.has_lapack():
         return "this torch exports no LAPACK (ssyevd_), so blocks go through torch.linalg.eigh"
     return None
@@ -116,19 +130,21 @@ def backends() -> dict[str, dict[str, Served]]:
 
 def _served(op: str, device: str) -> Served:
     rows = [row for row in TABLE if (row.op, row.device) == (op, device)]
+    overridden = _override.get() is not None or bool(os.environ.get(_VARIABLE))
+    reasons = []
     for row in rows:
         absent = why_absent(row)
         if absent is not None:
-            return Served("reference", f"{row.backend} is absent: {absent}")
-        if choose(op, device, row.dtypes[0]) == row.backend:
+            reasons.append(f"{row.backend} is absent: {absent}")
+        elif choose(op, device, row.dtypes[0]) == row.backend:
             names = ", ".join(str(d).removeprefix("torch.") for d in row.dtypes)
-            return Served(
-                row.backend, f"{row.what}, {names}" + ", not measured" * (not row.measured)
-            )
-        if not row.measured and _override.get() is None and not os.environ.get(_VARIABLE):
-            return Served("reference", f"{row.backend} is not measured yet: ask for it by name")
-        return Served("reference", f"{row.backend} is overridden")
-    return Served("reference", "no other kernel of this op yet")
+            unmeasured = ", not measured" * (not row.measured)
+            return Served(row.backend, f"{row.what}, {names}{unmeasured}")
+        elif row.measured or overridden:
+            reasons.append(f"{row.backend} is overridden")
+        else:
+            reasons.append(f"{row.backend} is not measured yet: ask for it by name")
+    return Served("reference", "; ".join(reasons) or "no other kernel of this op yet")
 
 
 def _check_present(name: str, source: str = "backend") -> None:

@@ -88,6 +88,20 @@ def schedule_error(steps: tuple[Step, ...], floor: float, p: int) -> float:
     return max(abs(high - 1), abs(1 - low))
 
 
+def reaches(steps: tuple[Step, ...], floor: float, p: int) -> tuple[float, ...]:
+    """For every step the largest ||M - I||_2 with which a matrix may start there: all values of
+    s = M^(1/p) then lie in the interval that the steps before leave, which the rest is made for.
+
+    0.1 % less than that, for the rounding of a measured norm.
+    """
+    low, high = floor ** (1 / p), 1.0
+    found = []
+    for step in steps:
+        found.append(0.999 * max(0.0, min(1 - low**p, high**p - 1)))
+        low, high = _image(step, p, low, high)
+    return tuple(found)
+
+
 @functools.lru_cache(maxsize=256)
 def _schedule(
     floor: float, p: int, degree: int, tolerance: float, cushion: float, headroom: float

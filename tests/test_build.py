@@ -1,85 +1,15 @@
 """setup.py on a small source tree: what it builds, what it leaves out, and what it says then."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from project import Project, needs_compiler, needs_sources
 
 from shampoo_kernels import native
 
-ROOT = Path(__file__).resolve().parents[1]
-NVCC = shutil.which("nvcc", path=f"{os.environ.get('PATH')}:/usr/local/cuda/bin")
-SWITCHES = ("SHAMPOO_KERNELS_NATIVE", "SHAMPOO_KERNELS_CUDA", "CXX", "CUDA_HOME", "CUDA_PATH")
-
-needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the sources")
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 pytestmark = needs_sources
-
-MODULE = """
-#include <Python.h>
-#include "answer.h"
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_C", nullptr, -1};
-  PyObject* module = PyModule_Create(&definition);
-  PyModule_AddIntConstant(module, "answer", answer());
-  return module;
-}
-"""
-ANSWER = '#include "answer.h"\nint answer() { return ANSWER; }\n'
-AVX2 = "#if !defined(__AVX2__) || !defined(__FMA__)\n#error no AVX2\n#endif\n"
-
-
-class Project:
-    """A copy of setup.py beside a module of two files."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.package = root / "shampoo_kernels"
-        for path, text in {
-            "csrc/bindings.cpp": MODULE,
-            "csrc/answer.h": "#define ANSWER 42\nint answer();\n",
-            "csrc/cpu/answer.cpp": ANSWER,
-            "csrc/cpu/nothing_avx2.cpp": AVX2,
-            "shampoo_kernels/__init__.py": "",
-            "shampoo_kernels/py.typed": "",
-            "README.md": "",
-            "LICENSE": "",
-        }.items():
-            self.write(path, text)
-        for name in ("setup.py", "pyproject.toml"):
-            shutil.copy(ROOT / name, root)
-
-    def write(self, path: str, text: str) -> None:
-        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
-        (self.root / path).write_text(text)
-
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        kept = {k: v for k, v in os.environ.items() if k not in SWITCHES}
-        command = [sys.executable, "setup.py", *arguments]
-        return subprocess.run(
-            command, cwd=self.root, env=kept | environment, capture_output=True, text=True
-        )
-
-    def build(self, **environment: str) -> str:
-        """Builds in place; returns everything that was printed."""
-        result = self.run("build_ext", "--inplace", **environment)
-        assert result.returncode == 0, result.stderr
-        return result.stdout + result.stderr
-
-    @property
-    def facts(self) -> dict:
-        return json.loads((self.package / "_build.json").read_text())
-
-    def answer(self) -> int:
-        code = "import torch, shampoo_kernels._C as C; print(C.answer)"
-        command = [sys.executable, "-c", code]
-        return int(subprocess.check_output(command, cwd=self.root, text=True))
 
 
 @pytest.fixture
@@ -175,40 +105,6 @@ def test_an_old_torch_is_refused_in_one_line(project, version):
     last = result.stderr.strip().splitlines()[-1]
     assert f"torch {version} in " in last
     assert "too old: pip install 'torch>=2.11' 'setuptools>=77' ninja pybind11 first" in last
-
-
-@needs_nvcc
-@needs_compiler
-def test_cuda_on_any_torch(project):
-    kernel = "__global__ void nothing() {}\n"
-    kernel += "int answer() { nothing<<<1, 1>>>(); return cudaGetLastError() != cudaSuccess; }\n"
-    project.write("csrc/cuda/answer.cu", kernel)
-    (project.root / "csrc/cpu/answer.cpp").unlink()
-    output = project.build(SHAMPOO_KERNELS_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0a+PTX")
-    for code in ("compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_90,code=compute_90"):
-        assert f"-gencode=arch={code}" in output
-    assert project.facts["cuda_why_not"] is None
-    assert project.answer() in (0, 1), "imports; where there is no driver, the launch fails"
-
-
-@needs_nvcc
-@pytest.mark.parametrize("arch", ["80", "90a", "100a"])
-def test_cuda_kernels_do_not_spill(tmp_path, arch):
-    known = subprocess.check_output([NVCC, "--list-gpu-arch"], text=True).split()
-    if f"compute_{arch.rstrip('a')}" not in known:
-        pytest.skip(f"{NVCC} is too old for sm_{arch}")
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    assert sources
-    for source in sources:
-        cubin = tmp_path / f"{source.stem}.cubin"
-        command = [NVCC, "-cubin", "-O3", "-std=c++20", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}"]
-        command += ["-Xptxas", "-v", str(source), "-o", str(cubin)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert cubin.read_bytes().startswith(b"\x7fELF")
-        used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", result.stderr)
-        assert used, "ptxas reports each kernel"
-        assert set(used) == {("0", "0")}
 
 
 def test_native_is_the_library_or_the_reason():

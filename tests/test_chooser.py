@@ -42,7 +42,7 @@ def test_overrides_nest_and_win_over_the_environment(monkeypatch):
     assert chooser.choose("gram_ema_", "cpu", torch.float32) == "reference"
     with shampoo_kernels.use_backend("native"):
         assert chooser.choose("gram_ema_", "cpu", torch.float32) == "native"
-        assert chooser.choose("power_iteration", "cpu", torch.float32) == "reference"
+        assert chooser.choose("gram_ema_", "cpu", torch.float64) == "reference"
         with shampoo_kernels.use_backend("reference"):
             assert chooser.choose("gram_ema_", "cpu", torch.float32) == "reference"
     assert chooser.choose("gram_ema_", "cpu", torch.float32) == "reference"
@@ -108,6 +108,37 @@ def test_triton_serves_where_it_is_asked_for(monkeypatch):
     monkeypatch.setenv("SHAMPOO_KERNELS_BACKEND", "triton")
     assert chooser.choose("gram_ema_", "cuda", torch.float32) == "triton"
     assert chooser.choose("orthogonalize", "cuda", torch.float32) == "reference"
+
+
+def test_cuda_cpp_serves_where_it_is_asked_for(monkeypatch):
+    """As Triton's rows; a second kernel of an op on a device is found behind the first."""
+    rows = [row for row in chooser.TABLE if (row.backend, row.device) == ("native", "cuda")]
+    assert {row.op for row in rows} == {
+        "eigenvalue_bound", "inverse_root", "power_iteration", "orthogonal_iteration", "pack",
+    }  # fmt: skip
+    monkeypatch.setattr(chooser, "why_absent", lambda row: None)
+    monkeypatch.setattr(chooser, "_check_present", lambda *_: None)
+    for row in rows:
+        assert not row.measured
+        assert chooser.choose(row.op, "cuda", torch.float32) == "reference"
+        assert "native is not measured yet" in shampoo_kernels.backends()[row.op]["cuda"].reason
+        with shampoo_kernels.use_backend("native"):
+            assert chooser.choose(row.op, "cuda", torch.float32) == "native"
+            served = shampoo_kernels.backends()[row.op]["cuda"]
+            assert served.backend == "native"
+            assert "not measured" in served.reason
+        with shampoo_kernels.use_backend("triton"):
+            assert chooser.choose(row.op, "cuda", torch.float64) == "reference"
+
+
+@built
+def test_cuda_cpp_that_is_not_there_says_why():
+    row = next(row for row in chooser.TABLE if (row.backend, row.device) == ("native", "cuda"))
+    why = chooser.why_absent(row)
+    if native.lib.build_facts()["cuda_archs"]:
+        assert (why is None) == torch.cuda.is_available()
+    else:
+        assert why.startswith("CUDA C++ is not built: ")
 
 
 def test_the_package_needs_no_triton():

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: bench/gpu_checks.py, which gpu.sh also runs without pytest."""
+"""The kernels on a GPU: bench/gpu_checks.py, which gpu.sh also runs without pytest."""
 
 import importlib.util
 import sys
@@ -14,6 +14,7 @@ if importlib.util.find_spec("triton") is None:
 
 
 def load():
+    sys.path.append(str(CHECKS.parent))  # it imports its neighbour
     spec = importlib.util.spec_from_file_location("gpu_checks", CHECKS)
     module = sys.modules["gpu_checks"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

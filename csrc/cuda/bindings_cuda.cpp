@@ -1,59 +1,138 @@
 // The CUDA kernels as torch ops; the schemas are those of bindings.cpp.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "cuda/bindings_cuda.h"
 
-#include "cuda/launchers.h"
-
-// A CPU build of torch declares this and lacks it; the module imports there all the same.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                                   void** stream);
+#include "bindings_pack.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-cudaStream_t current_stream(const Tensor& on) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-  void* stream = nullptr;
-  const int32_t device = on.get_device_index();
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0,
-                  "no current CUDA stream on device ", device);
-  return static_cast<cudaStream_t>(stream);
-}
-
-template <class T>
-void launch_eigenvalue_bound(const Tensor& A, const Tensor& workspace, Tensor& bound) {
-  const shampoo::SymmetricStack<T> stack{static_cast<const T*>(A.const_data_ptr()),
-                                         A.size(0),
-                                         A.size(1),
-                                         A.stride(0),
-                                         A.stride(1),
-                                         A.stride(2)};
-  const cudaError_t error = shampoo::eigenvalue_bound_cuda<T>(
-      stack, static_cast<double*>(workspace.mutable_data_ptr()),
-      static_cast<T*>(bound.mutable_data_ptr()), current_stream(A));
-  STD_TORCH_CHECK(error == cudaSuccess, "eigenvalue_bound: ", cudaGetErrorString(error));
-}
-
 Tensor eigenvalue_bound(Tensor A) {
-  STD_TORCH_CHECK(A.dim() == 3 && A.size(1) == A.size(2), "eigenvalue_bound: A must be (B, n, n)");
-  const bool single = A.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(single || A.scalar_type() == ScalarType::Double,
-                  "eigenvalue_bound: A must be float32 or float64");
-  const torch::stable::accelerator::DeviceGuard guard(A.get_device_index());
+  const char* op = "eigenvalue_bound";
+  shampoo::check_square_floats(op, A);
+  const shampoo::OnDevice here(A);
   Tensor bound = torch::stable::new_empty(A, {A.size(0)});
   const Tensor workspace = torch::stable::new_empty(
       A, {shampoo::eigenvalue_bound_workspace(A.size(0), A.size(1))}, ScalarType::Double);
-  single ? launch_eigenvalue_bound<float>(A, workspace, bound)
-         : launch_eigenvalue_bound<double>(A, workspace, bound);
+  shampoo::by_dtype(A, [&]<class T>(T) {
+    shampoo::check_launch(
+        op, shampoo::eigenvalue_bound_cuda<T>(
+                shampoo::symmetric_stack<T>(A), static_cast<double*>(workspace.mutable_data_ptr()),
+                static_cast<T*>(bound.mutable_data_ptr()), here.stream));
+  });
   return bound;
+}
+
+template <class T>
+shampoo::RootSteps<T> root_steps(const Tensor& steps, int64_t p) {
+  shampoo::RootSteps<T> found{};
+  found.count = int(steps.size(0));
+  found.p = uint32_t(p);
+  const double* rows = steps.const_data_ptr<double>();
+  for (int i = 0; i < found.count; ++i, rows += 4) {
+    found.step[i] = {T(rows[0]), T(rows[1]), T(rows[2]), T(rows[3])};
+  }
+  return found;
+}
+
+void inverse_root_small_(Tensor A, int64_t p, double ridge, Tensor steps, bool tensor_cores,
+                         std::optional<Tensor> previous, Tensor root, Tensor residual,
+                         Tensor status) {
+  const char* op = "inverse_root_small_";
+  shampoo::check_square_floats(op, A);
+  const int64_t blocks = A.size(0), n = A.size(1);
+  const ScalarType dtype = A.scalar_type();
+  shampoo::check_like(op, "root", root, A, dtype, {blocks, n, n}, true);
+  shampoo::check_like(op, "residual", residual, A, dtype, {blocks}, true);
+  shampoo::check_like(op, "status", status, A, ScalarType::Char, {blocks}, true);
+  if (previous) shampoo::check_like(op, "previous", *previous, A, dtype, {blocks, n, n}, false);
+  shampoo::check_cpu(op, "steps", steps, 2);
+  shampoo::check_same_dtype(op, "steps", steps, ScalarType::Double);
+  shampoo::check_size(op, "steps", steps, 1, 4);
+  constexpr int64_t kMost = shampoo::RootSteps<float>::kMost;
+  STD_TORCH_CHECK(steps.is_contiguous() && steps.size(0) >= 1 && steps.size(0) <= kMost, op,
+                  ": steps must be contiguous and hold 1 to ", kMost);
+  STD_TORCH_CHECK(p >= 1 && p <= 1 << 20 && ridge >= 0, op, ": p or ridge out of range");
+  const shampoo::OnDevice here(A);
+  shampoo::by_dtype(A, [&]<class T>(T) {
+    auto stride = [&](int dim) { return previous ? previous->stride(dim) : 0; };
+    const shampoo::InverseRoot<T> problem{shampoo::symmetric_stack<T>(A),
+                                          double(p),
+                                          ridge,
+                                          previous ? previous->const_data_ptr<T>() : nullptr,
+                                          stride(0),
+                                          stride(1),
+                                          stride(2),
+                                          root.mutable_data_ptr<T>(),
+                                          residual.mutable_data_ptr<T>(),
+                                          status.mutable_data_ptr<int8_t>()};
+    shampoo::check_launch(op, shampoo::inverse_root_small_cuda<T>(problem, root_steps<T>(steps, p),
+                                                                  tensor_cores, here.stream));
+  });
+}
+
+Tensor power_iteration(Tensor A, int64_t steps, int64_t vectors) {
+  const char* op = "power_iteration";
+  shampoo::check_square_floats(op, A);
+  STD_TORCH_CHECK(steps >= 1 && steps <= 1 << 20, op, ": steps out of range");
+  const shampoo::OnDevice here(A);
+  Tensor estimate = torch::stable::new_empty(A, {A.size(0)});
+  shampoo::by_dtype(A, [&]<class T>(T) {
+    shampoo::check_launch(op, shampoo::power_iteration_cuda<T>(
+                                  shampoo::symmetric_stack<T>(A), int(steps), int(vectors),
+                                  estimate.mutable_data_ptr<T>(), here.stream));
+  });
+  return estimate;
+}
+
+void orthogonal_iteration_(Tensor A, Tensor Q, double lift, int64_t steps, Tensor eigenvalues,
+                           Tensor basis) {
+  const char* op = "orthogonal_iteration_";
+  shampoo::check_square_floats(op, A);
+  const int64_t blocks = A.size(0), n = A.size(1);
+  const ScalarType dtype = A.scalar_type();
+  shampoo::check_like(op, "Q", Q, A, dtype, {blocks, n, n}, false);
+  shampoo::check_like(op, "eigenvalues", eigenvalues, A, dtype, {blocks, n}, true);
+  shampoo::check_like(op, "basis", basis, A, dtype, {blocks, n, n}, true);
+  const shampoo::OnDevice here(A);
+  shampoo::by_dtype(A, [&]<class T>(T) {
+    const shampoo::OrthogonalIteration<T> problem{
+        blocks,
+        n,
+        {A.const_data_ptr<T>(), A.stride(0), A.stride(1), A.stride(2)},
+        {Q.const_data_ptr<T>(), Q.stride(0), Q.stride(1), Q.stride(2)},
+        lift,
+        steps,
+        eigenvalues.mutable_data_ptr<T>(),
+        basis.mutable_data_ptr<T>()};
+    shampoo::check_launch(op, shampoo::orthogonal_iteration_cuda<T>(problem, here.stream));
+  });
+}
+
+void pack_(Tensor pieces, Tensor chunks) {
+  const auto table = shampoo::pieces_of("pack_", pieces, chunks);
+  const shampoo::OnDevice here(pieces);
+  shampoo::check_launch("pack_", shampoo::pack_cuda(table, here.stream));
+}
+
+void unpack_apply_(Tensor pieces, Tensor chunks, std::optional<Tensor> decay,
+                   std::optional<Tensor> step) {
+  const char* op = "unpack_apply_";
+  const auto table = shampoo::pieces_of(op, pieces, chunks);
+  const shampoo::OnDevice here(pieces);
+  shampoo::with_factors(op, pieces, decay, step, [&](auto factors) {
+    shampoo::check_launch(op, shampoo::unpack_apply_cuda(table, factors, here.stream));
+  });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(shampoo_kernels_native, CUDA, library) {
-  library.impl("eigenvalue_bound", TORCH_BOX(&eigenvalue_bound));
+STABLE_TORCH_LIBRARY_IMPL(shampoo_kernels_native, CUDA, m) {
+  m.impl("eigenvalue_bound", TORCH_BOX(&eigenvalue_bound));
+  m.impl("inverse_root_small_", TORCH_BOX(&inverse_root_small_));
+  m.impl("power_iteration", TORCH_BOX(&power_iteration));
+  m.impl("orthogonal_iteration_", TORCH_BOX(&orthogonal_iteration_));
+  m.impl("pack_", TORCH_BOX(&pack_));
+  m.impl("unpack_apply_", TORCH_BOX(&unpack_apply_));
 }

@@ -6,19 +6,28 @@
 namespace shampoo {
 
 constexpr int kWarpSize = 32;
-constexpr int kMaxWarps = 8;
+constexpr int kMaxWarps = 16;
+
+template <class T>
+using WarpScratch = T[kMaxWarps];
 
 struct Sum {
-  static __device__ double of(double a, double b) { return a + b; }
+  template <class T>
+  static __device__ T of(T a, T b) {
+    return a + b;
+  }
 };
 
 struct Max {  // with NaN above everything, unlike fmax
-  static __device__ double of(double a, double b) { return b > a || b != b ? b : a; }
+  template <class T>
+  static __device__ T of(T a, T b) {
+    return b > a || b != b ? b : a;
+  }
 };
 
 // Every lane gets the result.
-template <class Op>
-__device__ double warp_reduce(double value) {
+template <class Op, class T>
+__device__ T warp_reduce(T value) {
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     value = Op::of(value, __shfl_xor_sync(0xffffffffu, value, distance));
   }
@@ -26,13 +35,13 @@ __device__ double warp_reduce(double value) {
 }
 
 // Every thread gets the result. Synchronises before and after its use of `scratch`.
-template <class Op>
-__device__ double block_reduce(double value, double (&scratch)[kMaxWarps]) {
+template <class Op, class T>
+__device__ T block_reduce(T value, WarpScratch<T>& scratch) {
   value = warp_reduce<Op>(value);
   __syncthreads();
   if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = value;
   __syncthreads();
-  double result = scratch[0];
+  T result = scratch[0];
   for (unsigned warp = 1; warp < blockDim.x / kWarpSize; ++warp) {
     result = Op::of(result, scratch[warp]);
   }

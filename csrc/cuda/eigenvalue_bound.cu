@@ -8,7 +8,8 @@
 namespace shampoo {
 namespace {
 
-constexpr int kThreads = kMaxWarps * kWarpSize;
+constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
+constexpr int kFewThreads = 64;
 constexpr int kLaneColumns = 4;
 constexpr int kColumns = kLaneColumns * kWarpSize;
 constexpr int64_t kMostThreadBlocks = 1024;  // bounds the workspace; more matrices take turns
@@ -24,7 +25,7 @@ struct Matrix {
 };
 
 template <class T>
-__device__ double largest_entry(const Matrix<T>& A, double (&scratch)[kMaxWarps]) {
+__device__ double largest_entry(const Matrix<T>& A, WarpScratch<double>& scratch) {
   double largest = 0;
   const int64_t warps = blockDim.x / kWarpSize;
   for (int64_t i = threadIdx.x / kWarpSize; i < A.n; i += warps) {
@@ -41,8 +42,7 @@ __device__ double largest_entry(const Matrix<T>& A, double (&scratch)[kMaxWarps]
 // vary.
 template <class T>
 __device__ double multiply(const Matrix<T>& A, double scale, const double* x, double* y,
-                           double (&column_sums)[kMaxWarps][kColumns],
-                           double (&scratch)[kMaxWarps]) {
+                           double (&column_sums)[kWarps][kColumns], WarpScratch<double>& scratch) {
   const int warps = blockDim.x / kWarpSize;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   double squares = 0;
@@ -74,8 +74,8 @@ __device__ double multiply(const Matrix<T>& A, double scale, const double* x, do
 
 template <class T>
 __device__ double bound_of(const Matrix<T>& A, double* sums, double* products) {
-  __shared__ double scratch[kMaxWarps];
-  __shared__ double column_sums[kMaxWarps][kColumns];
+  __shared__ WarpScratch<double> scratch;
+  __shared__ double column_sums[kWarps][kColumns];
   const double scale = largest_entry(A, scratch);
   if (!(scale > 0 && scale < INFINITY)) return scale;
 
@@ -101,7 +101,8 @@ __device__ double bound_of(const Matrix<T>& A, double* sums, double* products) {
   minc = block_reduce<Max>(minc, scratch);
   const double frobenius = sqrt(block_reduce<Sum>(squares, scratch) + off_diagonal);
   spread = block_reduce<Sum>(spread, scratch) + off_diagonal;
-  const double wolkowicz_styan = mean + sqrt(spread * (n - 1) / n);
+  // Near zero, 1 % of the result is less than the roundings of the sum.
+  const double wolkowicz_styan = mean + sqrt(spread * (n - 1) / n) + 4 * 0x1p-52 * n * frobenius;
   const double least = fmin(fmin(frobenius, wolkowicz_styan), minc);
   return (least + 0.01 * fabs(least)) * scale;
 }
@@ -141,7 +142,8 @@ cudaError_t eigenvalue_bound_cuda(const SymmetricStack<T>& stack, double* worksp
   if (stack.blocks == 0) return cudaSuccess;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(thread_blocks(stack.blocks)));
-  config.blockDim = dim3(kThreads);
+  // Small matrices take fewer threads each, so that a multiprocessor holds more of them.
+  config.blockDim = dim3(stack.n <= kFewThreads ? kFewThreads : kThreads);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, eigenvalue_bound_kernel<T>, stack, workspace, bound);
 }

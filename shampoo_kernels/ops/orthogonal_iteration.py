@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from shampoo_kernels import native
 from shampoo_kernels.chooser import choose
-from shampoo_kernels.ops import common
+from shampoo_kernels.ops import common, small
 from shampoo_kernels.ops.product import product
 
 _OP = "orthogonal_iteration"
+_MOST_N = 256
 
 
 def orthogonal_iteration(A: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, Tensor]:
@@ -50,6 +52,10 @@ def _iterate(A: Tensor, Q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         return A.new_empty(A.shape[:-1]), Q.clone()
     backend = choose(_OP, A.device.type, A.dtype)
     lift = max(1e-8, min(64 * A.shape[-1] * torch.finfo(A.dtype).eps, 0.125))
+    if backend == "native" and (_by_blocks(A) or small.takes_basis(A)):
+        eigenvalues, new = A.new_empty(A.shape[:-1]), A.new_empty(A.shape)
+        torch.ops.shampoo_kernels_native.orthogonal_iteration_(A, Q, lift, steps, eigenvalues, new)
+        return eigenvalues, new
     Z = product(A, Q, backend=backend)
     for _ in range(steps):
         largest = torch.linalg.vecdot(Q, Z, dim=-2).abs().amax(-1)[:, None, None]
@@ -58,6 +64,12 @@ def _iterate(A: Tensor, Q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     eigenvalues = torch.linalg.vecdot(Q, Z, dim=-2)
     finite = Z.isfinite().flatten(1).all(1) & eigenvalues.isfinite().all(1)
     return torch.where(finite[:, None], eigenvalues, torch.nan), Q
+
+
+def _by_blocks(A: Tensor) -> bool:
+    """On a CPU, LAPACK's QR of a block on one thread, for n where one block is no work for all."""
+    fits = A.is_cpu and A.shape[-1] <= _MOST_N
+    return fits and native.lib is not None and native.lib.has_qr()
 
 
 def _orthonormal_(Z: Tensor, Q: Tensor) -> Tensor:

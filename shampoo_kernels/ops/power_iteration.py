@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from shampoo_kernels.ops import common
+from shampoo_kernels.chooser import choose
+from shampoo_kernels.ops import common, small
 
 _OP = "power_iteration"
+_MOST_N = 512  # on a CPU: a larger block is work for all threads, which torch's products share out
 
 
 def power_iteration(A: Tensor, steps: int = 10, vectors: int = 16) -> Tensor:
@@ -94,6 +96,10 @@ def _check(A: Tensor, steps: int, vectors: int) -> None:
 
 def _implementation(A: Tensor, steps: int, vectors: int) -> Tensor:
     _check(A, steps, vectors)
+    native = choose(_OP, A.device.type, A.dtype) == "native" and A.numel() > 0
+    one_thread_each = A.is_cpu and A.shape[-1] <= _MOST_N
+    if native and (one_thread_each or small.takes_power(A, vectors)):
+        return torch.ops.shampoo_kernels_native.power_iteration(A, steps, vectors)
     return power_iteration_ref(A, steps, vectors)
 
 

@@ -10,9 +10,9 @@ import sys
 import torch
 from torch import Tensor
 
-from shampoo_kernels.ops import iterations
+from shampoo_kernels.ops import iterations, small
 from shampoo_kernels.ops.common import mirror_lower
-from shampoo_kernels.schedules import minimax_coefficients
+from shampoo_kernels.schedules import minimax_coefficients, reaches
 
 PRODUCT_ROOTS = iterations.PRODUCT_ROOTS
 CONVERGED, KEPT_PREVIOUS, FAILED = 0, 2, 3  # inverse_root.RootStatus
@@ -59,10 +59,20 @@ def compute(
     status: Tensor,
     precision: str,
 ) -> None:
-    """One method on one backend: native are eigh, and newton in float32; on Triton iterations."""
+    """One method on one backend. Native are eigh, and newton in float32, on a CPU; newton of small
+    matrices on a GPU. On Triton iterations."""
     results = (root, residual, status)
     newton = method == "newton" and A.dtype == torch.float32
-    if backend == "native" and (newton or method == "eigh"):
+    if backend == "native" and method == "newton" and small.takes_root(A):
+        dense = root if root.is_contiguous() else root.contiguous()
+        steps = steps_with_reach(floor, int(p), A.dtype)
+        torch.ops.shampoo_kernels_native.inverse_root_small_(
+            A, int(p), ridge, steps, small.tensor_cores(A.shape[-1], A.dtype), previous,
+            dense, residual, status,
+        )  # fmt: skip
+        if dense is not root:
+            root.copy_(dense)
+    elif backend == "native" and A.device.type == "cpu" and (newton or method == "eigh"):
         dense = root if root.is_contiguous() else root.contiguous()
         native, rest = torch.ops.shampoo_kernels_native, (previous, dense, residual, status)
         if newton:
@@ -155,6 +165,17 @@ def schedule(
     least, most = (10 ** (-3 / p), 0.9) if method == "newton" else (0.0, 0.3)
     cushions = (c for c in _CUSHIONS if least <= c <= most)
     return make(*min(itertools.product((1, 2), cushions), key=cost))
+
+
+@functools.lru_cache(maxsize=256)
+def steps_with_reach(floor: float, p: int, dtype: torch.dtype) -> Tensor:
+    """The M-form's schedule as rows (a, b, c, reach), float64 on the CPU: what a kernel takes that
+    leaves out the steps which a matrix does not need (csrc/cuda/launchers.h, RootSteps)."""
+    steps = schedule("newton", floor, p, dtype)
+    rows = [(*step, *[0.0] * (3 - len(step))) for step in steps]
+    reach = [torch.inf, *reaches(steps, floor, p)[1:]]
+    complete = [(*row, r) for row, r in zip(rows, reach, strict=True)]
+    return torch.tensor(complete, dtype=torch.float64, device="cpu")
 
 
 def by_eigh(

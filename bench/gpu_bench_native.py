@@ -1,0 +1,157 @@
+"""Timings of the CUDA C++ kernels on a GPU: rows of gpu_bench.py, in the same run and table."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from gpu_bench import eager, meta_newton, milliseconds
+from gpu_checks import relative, spectrum, truth
+from gpu_checks_native import small_root, why_not
+
+from shampoo_kernels import inverse_root, orthogonal_iteration, power_iteration, use_backend
+from shampoo_kernels.ops.pack import Pieces
+
+BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+BLOCK = 1024
+
+
+def under(backend: str, call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with use_backend(backend):
+            return call()
+
+    return run
+
+
+def bench_small_root(batch: int, n: int, p: int, ridge: float, rate: dict[str, float]) -> dict:
+    """Against eigensolvers, plain coupled Newton by bmm, and our own schedule by bmm."""
+    A = spectrum(n, 1 / ridge, blocks=8).repeat(batch // 8, 1, 1)
+    exact = truth(A[:8], p, ridge)
+    forms = {"ffma": False, "tf32x3": True}
+    variants: dict[str, Callable[[], object]] = {
+        name: lambda form=form: small_root(A, p, ridge, form)[0] for name, form in forms.items()
+    }
+    variants["same schedule, bmm"] = under(
+        "reference", lambda: inverse_root(A, p, ridge=ridge, method="newton").root
+    )
+    variants["coupled Newton, bmm"] = lambda: meta_newton(A, p, ridge)
+    variants["torch.linalg.eigh"] = eager(lambda: torch.linalg.eigh(A))
+    try:
+        import cupy
+
+        given = cupy.from_dlpack(A)
+        variants["cupy.linalg.eigh"] = eager(lambda: cupy.linalg.eigh(given))
+    except ImportError:
+        pass
+    found = milliseconds({name: [call] for name, call in variants.items()}, rounds=6)
+    errors = {
+        name: relative(variants[name]()[:8], exact).max().item()  # type: ignore[index]
+        for name in ("ffma", "tf32x3", "same schedule, bmm", "coupled Newton, bmm")
+    }
+    ours = min(forms, key=lambda name: found[name] or math.inf)
+    return {
+        "case": f"inverse_root, one launch ({ours}), {batch} x {n}², p = {p}, ridge {ridge:g}",
+        "milliseconds": {"ours": found.pop(ours), **found},
+        "floor": None,
+        "error": errors.pop(ours),
+        "errors": errors,
+    }
+
+
+def gpt2() -> list[tuple[int, int]]:
+    """The matrices of GPT-2 with 124M parameters."""
+    layer = [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
+    return [(50257, 768), (1024, 768), *layer * 12]
+
+
+def llama_1b() -> list[tuple[int, int]]:
+    """The matrices of a Llama with 1.2B parameters: 16 layers, width 2048, 8 heads for keys."""
+    layer = [
+        (2048, 2048),
+        (512, 2048),
+        (512, 2048),
+        (2048, 2048),
+        *[(8192, 2048)] * 2,
+        (2048, 8192),
+    ]
+    return [(128256, 2048), *layer * 16]
+
+
+def blocks(matrix: torch.Tensor) -> list[torch.Tensor]:
+    return [piece for rows in matrix.split(BLOCK) for piece in rows.split(BLOCK, dim=1)]
+
+
+def bench_pack(
+    name: str, shapes: list[tuple[int, int]], dtype: torch.dtype, apply: bool,
+    rate: dict[str, float],
+) -> dict:  # fmt: skip
+    """Share of the copy bandwidth; against a copy per block and torch._foreach_copy_."""
+    data = [piece for m, n in shapes
+            for piece in blocks(torch.randn(m, n, device="cuda").to(dtype))]  # fmt: skip
+    packed = [torch.randn(x.shape, device="cuda") for x in data]
+    pieces = Pieces(data, packed)
+    decay = torch.full((len(data),), 0.999, device="cuda")
+    step = torch.full((len(data),), -1e-3, device="cuda")
+
+    def each() -> None:
+        for x, p in zip(data, packed, strict=True):
+            x.mul_(0.999).add_(p, alpha=-1e-3) if apply else p.copy_(x)
+
+    def foreach() -> None:
+        if apply:
+            torch._foreach_mul_(data, 0.999)
+            torch._foreach_add_(data, [p.to(dtype) for p in packed], alpha=-1e-3)
+        else:
+            torch._foreach_copy_(packed, data)
+
+    ours = (lambda: pieces.apply_(decay, step)) if apply else pieces.pack_
+    pieces.table  # noqa: B018  (made once, outside of what is timed)
+    found = milliseconds({
+        "ours": [under("native", ours)], "per block": [each], "torch._foreach": [foreach],
+    })  # fmt: skip
+    size = dtype.itemsize
+    moved = sum(x.numel() for x in data) * (2 * size + 4 if apply else size + 4)
+    what = "unpack_apply" if apply else "pack"
+    return {
+        "case": f"{what} {name}, {len(data)} pieces, {str(dtype).removeprefix('torch.')}",
+        "milliseconds": found,
+        "floor": moved / rate["copy GB/s"] / 1e6,
+        "error": 0.0,
+    }
+
+
+def bench_power(batch: int, n: int, rate: dict[str, float]) -> dict:
+    A = spectrum(n, 1e3, blocks=4).repeat(batch // 4, 1, 1)
+    call = lambda: power_iteration(A)  # noqa: E731
+    found = milliseconds({"ours": [under("native", call)], "torch": [under("reference", call)]})
+    exact = torch.linalg.eigvalsh(A[:4].double())[:, -1]
+    error = (1 - under("native", call)()[:4].double() / exact).max().item()  # type: ignore[index]
+    return {"case": f"power_iteration {batch} x {n}², 10 steps", "milliseconds": found,
+            "floor": None, "error": error}  # fmt: skip
+
+
+def bench_basis(batch: int, n: int, rate: dict[str, float]) -> dict:
+    A = spectrum(n, 1e3, blocks=4).repeat(batch // 4, 1, 1)
+    Q = torch.linalg.qr(torch.randn_like(A)).Q
+    call = lambda: orthogonal_iteration(A, Q)  # noqa: E731
+    found = milliseconds({
+        "ours": [under("native", call)], "torch": [eager(under("reference", call))],
+    })  # fmt: skip
+    new = under("native", call)()[1]  # type: ignore[index]
+    error = (new.mT @ new - torch.eye(n, device="cuda")).abs().max().item()
+    return {"case": f"orthogonal_iteration {batch} x {n}²", "milliseconds": found,
+            "floor": None, "error": error}  # fmt: skip
+
+
+def jobs() -> list[tuple[Callable[..., dict], tuple]]:
+    if why_not():
+        return []
+    roots = [(4096, 32), (4096, 64), (1024, 128)]
+    models = [("GPT-2 124M", gpt2()), ("Llama 1B", llama_1b())]
+    return [
+        *((bench_small_root, (batch, n, 2, 1e-6)) for batch, n in roots),
+        *((bench_pack, (name, shapes, BFLOAT16, apply))
+          for name, shapes in models for apply in (False, True)),
+        *((bench_power, size) for size in ((1024, 128), (64, 1024))),
+        *((bench_basis, size) for size in ((4096, 32), (1024, 128))),
+    ]  # fmt: skip

@@ -1,0 +1,192 @@
+// Block power iteration, one block per thread: V <- orth(A V), then |A v| / |v| for the best v in
+// the span of V. orth and the estimate as in cuda/power_iteration.cu: Cholesky of a Gram matrix in
+// double, in which a column that depends on those before becomes zero.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "parallel.h"
+#include "product.h"
+#include "scratch.h"
+
+namespace shampoo {
+namespace {
+
+constexpr double kDependent = 1e-12;  // of a column's squared norm
+constexpr int kSquarings = 10;
+
+// Scratch of one block: A and V, W as rows of k vectors; L, its spare and y of the k x k problem.
+template <class T>
+struct Workspace {
+  T *A, *V, *W;
+  double *gram, *other, *spare, *inverse;
+
+  Workspace(int64_t n, int64_t k) {
+    static thread_local Scratch scratch;
+    Carve carve(scratch, Carve::bytes<T>(n * n) + 2 * Carve::bytes<T>(n * k) +
+                             3 * Carve::bytes<double>(k * k) + Carve::bytes<double>(k));
+    A = carve.take<T>(n * n);
+    V = carve.take<T>(n * k);
+    W = carve.take<T>(n * k);
+    gram = carve.take<double>(k * k);
+    other = carve.take<double>(k * k);
+    spare = carve.take<double>(k * k);
+    inverse = carve.take<double>(k);
+  }
+};
+
+// The numbers in (-1/2, 1/2) of ops/power_iteration.py: a hash of the index, in integers.
+template <class T>
+T start(int64_t index) {
+  auto x = uint32_t(index + 1);
+  for (int round = 0; round < 2; ++round) x = (x ^ (x >> 16)) * 0x45D9F3Bu;
+  return T(x) / T(4294967296.0) - T(0.5);
+}
+
+// gram <- V V^T for V (k, n): the vectors are rows.
+template <class T>
+void gram_of(const T* V, int64_t n, int64_t k, double* gram) {
+  for (int64_t r = 0; r < k; ++r) {
+    for (int64_t c = 0; c <= r; ++c) {
+      double sums[4] = {};
+      int64_t i = 0;
+      for (; i + 4 <= n; i += 4) {
+        for (int l = 0; l < 4; ++l) sums[l] += double(V[r * n + i + l]) * double(V[c * n + i + l]);
+      }
+      for (; i < n; ++i) sums[0] += double(V[r * n + i]) * double(V[c * n + i]);
+      gram[r * k + c] = gram[c * k + r] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+  }
+}
+
+template <class T>
+void orthonormalize(T* V, int64_t n, int64_t k, double* L, double* inverse) {
+  gram_of(V, n, k, L);
+  for (int64_t j = 0; j < k; ++j) {
+    for (int64_t r = j; r < k; ++r) {
+      double rest = L[r * k + j];
+      for (int64_t c = 0; c < j; ++c) rest -= L[r * k + c] * L[j * k + c];
+      if (r == j) inverse[j] = rest > kDependent * L[j * k + j] ? 1 / std::sqrt(rest) : 0;
+      if (r > j) L[r * k + j] = rest * inverse[j];
+    }
+  }
+  for (int64_t j = 0; j < k; ++j) {
+    T* row = V + j * n;
+    for (int64_t c = 0; c < j; ++c) {
+      const T factor = T(L[j * k + c]);
+      for (int64_t i = 0; i < n; ++i) row[i] -= factor * V[c * n + i];
+    }
+    for (int64_t i = 0; i < n; ++i) row[i] *= T(inverse[j]);
+  }
+}
+
+double quadratic(const double* gram, const double* y, int64_t k) {
+  double sum = 0;
+  for (int64_t r = 0; r < k; ++r) {
+    for (int64_t c = 0; c < k; ++c) sum += y[r] * gram[r * k + c] * y[c];
+  }
+  return sum;
+}
+
+// y <- near the first eigenvector of gram: the largest column of gram^1024. False for zero.
+bool leading_vector(const double* gram, int64_t k, double* power, double* spare, double* y) {
+  std::copy(gram, gram + k * k, power);
+  for (int squaring = 0; squaring < kSquarings; ++squaring) {
+    double trace = 0;
+    for (int64_t r = 0; r < k; ++r) trace += power[r * k + r];
+    if (!(trace > 0)) return false;
+    for (int64_t i = 0; i < k * k; ++i) power[i] /= trace;
+    for (int64_t r = 0; r < k; ++r) {
+      std::fill(spare + r * k, spare + (r + 1) * k, 0.0);
+      for (int64_t j = 0; j < k; ++j) {
+        for (int64_t c = 0; c < k; ++c) spare[r * k + c] += power[r * k + j] * power[j * k + c];
+      }
+    }
+    std::copy(spare, spare + k * k, power);
+  }
+  int64_t best = 0;
+  for (int64_t r = 1; r < k; ++r) {
+    if (power[r * k + r] > power[best * k + best]) best = r;
+  }
+  for (int64_t r = 0; r < k; ++r) y[r] = power[r * k + best];
+  return true;
+}
+
+// A, scaled by 2^-exponent, and max |a_ij|, NaN above all.
+template <class T>
+double copy_scaled(const SymmetricStack<T>& stack, int64_t b, T* A, int& exponent) {
+  const T* a = stack.data + b * stack.block_stride;
+  double largest = 0;
+  for (int64_t i = 0; i < stack.n; ++i) {
+    for (int64_t j = 0; j < stack.n; ++j) {
+      const T x = a[i * stack.row_stride + j * stack.column_stride];
+      const double size = std::abs(double(x));
+      largest = size > largest || size != size ? size : largest;
+      if (largest != largest) return largest;
+      A[i * stack.n + j] = x;
+    }
+  }
+  if (!(largest > 0) || std::isinf(largest)) return largest;
+  std::frexp(largest, &exponent);
+  exponent = std::clamp(exponent, -1000, 1000);
+  const double factor = std::ldexp(1.0, -exponent);
+  for (int64_t i = 0; i < stack.n * stack.n; ++i) A[i] = T(double(A[i]) * factor);
+  return largest;
+}
+
+template <class T>
+double estimate_of(const SymmetricStack<T>& stack, int64_t b, int64_t steps, int64_t k,
+                   const ProductPlan<T>& plan) {
+  const int64_t n = stack.n;
+  Workspace<T> work(n, k);
+  int exponent = 0;
+  const double largest = copy_scaled(stack, b, work.A, exponent);
+  if (largest == 0) return 0;
+  if (!std::isfinite(largest)) return std::numeric_limits<double>::quiet_NaN();
+  for (int64_t c = 0; c < k; ++c) {
+    for (int64_t i = 0; i < n; ++i) work.V[c * n + i] = start<T>(i * k + c);
+  }
+  auto orthonormal = [&] { orthonormalize(work.V, n, k, work.gram, work.inverse); };
+  auto multiply = [&] {  // V <- V A, whose rows are A v
+    plan.run({work.W, work.W, work.V, work.A, T{0}, T{1}, T{0}});
+    std::swap(work.V, work.W);
+  };
+  orthonormal();
+  for (int64_t step = 0; step < steps; ++step) {
+    multiply();
+    orthonormal();
+  }
+  orthonormal();
+  const T* before = work.V;
+  multiply();
+  gram_of(work.V, n, k, work.gram);
+  if (!leading_vector(work.gram, k, work.other, work.spare, work.inverse)) return 0;
+  gram_of(before, n, k, work.other);
+  const double denominator = quadratic(work.other, work.inverse, k);
+  const double numerator = quadratic(work.gram, work.inverse, k);
+  return denominator > 0 ? std::ldexp(std::sqrt(numerator / denominator), exponent) : 0;
+}
+
+}  // namespace
+
+template <class T>
+void power_iteration(const SymmetricStack<T>& stack, int64_t steps, int64_t vectors, T* estimate,
+                     const Parallel& parallel) {
+  const int64_t n = stack.n, k = std::min(vectors, n);
+  constexpr DType dtype = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+  const Operand rows = {nullptr, dtype, 0, 0, n, 1};
+  const ProductShape full = {k, n, 1, n, false, false, n, n};
+  const ProductPlan<T> plan(current_product_isa(), full, rows, rows);
+  for_each(parallel, stack.blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      estimate[b] = T(estimate_of(stack, b, steps, k, plan));
+    }
+  });
+}
+
+template void power_iteration(const SymmetricStack<float>&, int64_t, int64_t, float*,
+                              const Parallel&);
+template void power_iteration(const SymmetricStack<double>&, int64_t, int64_t, double*,
+                              const Parallel&);
+
+}  // namespace shampoo
