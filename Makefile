@@ -1,9 +1,10 @@
-# make demo | test | test-all | test-oldest | lint | bench | clean
+# make demo | test | test-all | test-oldest | lint | bench | bench-compare | clean
 #   PYTHON=python3.12   the interpreter for .venv (needs 3.11 or later)
 #   TORCH=installed     the torch that PYTHON has; nothing is downloaded for it
 #   TORCH=2.12.*        that version instead of the pinned one
 #   ARGS='--quick'      passed on to the demo
-#   QUICK=1             a short bench;  RESULTS=folder  where its table and numbers go
+#   QUICK=1             a short bench;  RESULTS=folder  where its page, plots and numbers go
+#   BASE=old/cpu.json   what bench-compare holds the last bench in RESULTS against
 # PYTHON and TORCH count when .venv is made. What setup.py reads (SHAMPOO_KERNELS_CUDA, CXX, ...)
 # counts at every call: another value builds anew.
 
@@ -37,7 +38,7 @@ SAME_TORCH = $(TORCH_HERE) | cmp -s - $(VENV)/.torch \
     || { echo 'another torch has come into $(VENV): make clean first'; $(TORCH_HERE); exit 1; }
 BUILD_SWITCHES := SHAMPOO_KERNELS_(NATIVE|CUDA)|TORCH_CUDA_ARCH_LIST|CXX|CUDA_(HOME|PATH)|NVCC_CCBIN
 
-.PHONY: demo test test-all test-oldest lint bench clean always
+.PHONY: demo test test-all test-oldest lint bench bench-compare clean always
 
 demo: $(VENV)/.demo
 	@$(PY) -m shampoo_kernels demo $(ARGS)
@@ -60,8 +61,15 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	@mkdir -p $(RESULTS)
-	@$(PY) -m pytest -q bench --benchmark-only --benchmark-quiet --benchmark-json=$(RESULTS)/cpu.json
-	@$(PY) bench/report.py $(RESULTS)/cpu.json | tee $(RESULTS)/cpu.md
+	@$(PY) -m pytest -q bench --benchmark-quiet --benchmark-json=$(RESULTS)/cpu.json
+	@$(PY) bench/report.py $(RESULTS)/cpu.json > $(RESULTS)/cpu.md
+	@sed -n '/^| op /,/^$$/p' $(RESULTS)/cpu.md
+	@echo 'The whole page, plots and numbers: $(RESULTS)/cpu.md'
+
+bench-compare: $(VENV)/.created
+	@test -n '$(BASE)' || { echo 'make bench-compare BASE=cpu.json of an earlier make bench'; exit 1; }
+	@test -e $(RESULTS)/cpu.json || { echo 'there is no $(RESULTS)/cpu.json yet: make bench'; exit 1; }
+	@$(PY) bench/compare.py '$(BASE)' $(RESULTS)/cpu.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info shampoo_kernels/_build.json shampoo_kernels/*.so

@@ -1,64 +1,99 @@
-"""Whole optimizer steps against torch's AdamW and pytorch_optimizer's DASH and Shampoo.
+"""Whole optimizer steps on the shapes of models, random gradients that are fixed beforehand.
 
-A row is one cycle of ten steps, in which every root is computed anew once by all but AdamW: ours
-computes a tenth of them in each step, the others all in one. Random gradients, fixed beforehand.
-pytorch_optimizer's Shampoo keeps a factor per dimension of a convolution, which is cheaper than two
-of the whole matrix and another method; its second row is on the matrices that ours and DASH see.
+`bench_cycles`: ten steps, in which every root is computed anew once by all but AdamW: ours computes
+a tenth of them in each step, the others all in one. pytorch_optimizer's Shampoo keeps a factor per
+dimension of a convolution, which is cheaper than two of the whole matrix and another method; its
+second row is on the matrices that ours and DASH see. SOAP needs no roots, only bases.
+`bench_steps`: one step on whole models, which the others would take minutes for.
 """
 
 import math
 
+import cases
+import counting
 import pytest
 import torch
 from conftest import QUICK
-from torch import nn
+from counting import CYCLE
+from peers import PACKAGES, package
 
 from shampoo_kernels import Shampoo
 
-CYCLE = 10
-WIDTH, LAYERS = (96, 1) if QUICK else (256, 2)
-GPT = [(256, WIDTH), (128, WIDTH), (WIDTH,)] + LAYERS * [
-    (3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH,), (WIDTH,),
-]  # fmt: skip
-RESNET = [
-    (16, 3, 3, 3), *6 * [(16, 16, 3, 3)],
-    (32, 16, 3, 3), *5 * [(32, 32, 3, 3)],
-    (64, 32, 3, 3), *5 * [(64, 64, 3, 3)],
-    (10, 64), (10,), *7 * [(16,), (16,)], *6 * [(32,), (32,)], *6 * [(64,), (64,)],
-]  # fmt: skip
+CYCLES = (
+    {"a tiny GPT": cases.gpt(64, 1, 64, 64)}
+    if QUICK
+    else {"a small GPT": cases.SMALL_GPT, "a small ResNet": cases.SMALL_RESNET}
+)
+# The SVDs of Shampoo's factors of 3072 and SOAP's bases of that size are left to the small ones.
+LARGE_CYCLES = {} if QUICK else {"one of GPT-2's 12 layers": cases.transformer_layer(768)}
+MODELS = {} if QUICK else {
+    "ResNet-50": cases.resnet50(),
+    "ViT-B/16": cases.vit_b(),
+    "GPT-2 124M": cases.GPT2,
+}  # fmt: skip
 
 
-def cycle(make, shapes, dtype=torch.float32):
-    """A function that makes ten steps with an optimizer of its own."""
+def cycle(make, shapes, steps=CYCLE):
+    """A function that makes `steps` steps with an optimizer of its own."""
     torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
+    parameters = counting.parameters(shapes)
+    grads = [parameter.grad for parameter in parameters]
     optimizer = make(parameters)
 
     def run():
-        for _ in range(CYCLE):
+        for _ in range(steps):
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad  # HeavyBall takes it away
             optimizer.step()
 
     return run
 
 
-@pytest.mark.parametrize("model", ["gpt"] if QUICK else ["gpt", "resnet"])
-def bench_shampoo(versus, model):
-    peers = pytest.importorskip("pytorch_optimizer")
-    shapes = {"gpt": GPT, "resnet": RESNET}[model]
-    matrices = [(s[0], math.prod(s[1:])) if len(s) > 1 else s for s in shapes]
+def ours(own):
+    return Shampoo(own, refresh_every=CYCLE)
 
-    def peer_shampoo(own):
-        return peers.Shampoo(own, preconditioning_compute_steps=CYCLE)
 
+@pytest.mark.parametrize("model", CYCLES)
+def bench_cycles(versus, model):
+    shapes = CYCLES[model]
+    baselines = {"AdamW": cycle(torch.optim.AdamW, shapes)}
+    if (module := package("pytorch_optimizer")) is not None:
+        matrices = [(s[0], math.prod(s[1:])) if len(s) > 1 else s for s in shapes]
+
+        def shampoo(own):
+            return module.Shampoo(own, preconditioning_compute_steps=CYCLE)
+
+        baselines |= {
+            f"DASH {PACKAGES['pytorch_optimizer']}": cycle(counting.optimizers()["DASH"], shapes),
+            "Shampoo, by dimension": cycle(shampoo, shapes),
+            "Shampoo, on matrices": cycle(shampoo, matrices),
+            "SOAP": cycle(counting.optimizers()["SOAP"], shapes),
+        }
+    if (module := package("heavyball")) is not None:
+        baselines["HeavyBall SOAP"] = cycle(
+            lambda own: module.SOAP(own, precondition_frequency=CYCLE), shapes
+        )
+    case = f"{model}, {CYCLE} steps, {cases.described(shapes)}"
+    versus(cycle(ours, shapes), baselines, case=case)
+
+
+@pytest.mark.parametrize("model", LARGE_CYCLES)
+def bench_large_cycles(versus, model):
+    shapes = LARGE_CYCLES[model]
+    baselines = {"AdamW": cycle(torch.optim.AdamW, shapes)}
+    if package("pytorch_optimizer") is not None:
+        baselines[f"DASH {PACKAGES['pytorch_optimizer']}"] = cycle(
+            counting.optimizers()["DASH"], shapes
+        )
+    case = f"{model}, {CYCLE} steps, {cases.described(shapes)}"
+    versus(cycle(ours, shapes), baselines, case=case, fewest=1)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def bench_steps(versus, model):
+    shapes = MODELS[model]
     versus(
-        cycle(lambda own: Shampoo(own, refresh_every=CYCLE), shapes),
-        {
-            "AdamW": cycle(torch.optim.AdamW, shapes),
-            "DASH": cycle(lambda own: peers.DASH(own, precondition_frequency=CYCLE), shapes),
-            "Shampoo, by dimension": cycle(peer_shampoo, shapes),
-            "Shampoo, on matrices": cycle(peer_shampoo, matrices),
-        },
-        case=f"{model}, {CYCLE} steps, {sum(map(math.prod, shapes)):,} parameters",
+        cycle(ours, shapes, steps=1),
+        {"AdamW": cycle(torch.optim.AdamW, shapes, steps=1)},
+        case=f"{model}, one step, {cases.described(shapes)}",
     )

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
-import report
+import machine
 import torch
 from comparison import methods, plots, results, runs, tasks
 from comparison.plan import Plan, complete
@@ -111,7 +111,7 @@ def write(plan: Plan, found: Found) -> str:
 
 def _machine(plan: Plan) -> str:
     parts = [
-        report.cpu_name(),
+        machine.cpu_name(),
         f"{plan.jobs} run{'s' * (plan.jobs > 1)} at a time of {plan.threads} "
         f"thread{'s' * (plan.threads > 1)}",
         f"torch {torch.__version__}",
