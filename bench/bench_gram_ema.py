@@ -10,7 +10,7 @@ import torch
 from cases import STACKS, relative
 from conftest import QUICK
 from judging import errors_of
-from peers import package
+from rivals import package
 
 from shampoo_kernels import gram_ema_
 

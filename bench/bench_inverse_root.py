@@ -15,7 +15,7 @@ import torch
 from cases import Damped
 from conftest import QUICK, SECONDS_A_ROW
 from judging import errors_of
-from peers import PACKAGES, package
+from rivals import PACKAGES, package
 
 from shampoo_kernels import inverse_root, native
 from shampoo_kernels.ops import roots

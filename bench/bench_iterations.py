@@ -7,7 +7,7 @@ import restated
 import torch
 from conftest import QUICK
 from judging import errors_of
-from peers import PACKAGES, package
+from rivals import PACKAGES, package
 
 from shampoo_kernels import orthogonal_iteration, power_iteration
 

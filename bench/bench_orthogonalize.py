@@ -9,7 +9,7 @@ import torch
 from cases import relative
 from conftest import QUICK
 from judging import errors_of
-from peers import PACKAGES, package
+from rivals import PACKAGES, package
 
 from shampoo_kernels import orthogonalize
 

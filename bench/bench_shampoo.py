@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import QUICK
 from counting import CYCLE
-from peers import PACKAGES, package
+from rivals import PACKAGES, package
 
 from shampoo_kernels import Shampoo
 

@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable
 
 import machine
-import peers
 import pytest
+import rivals
 import torch
 from judging import ACCEPTED, judged, words
 
@@ -102,11 +102,11 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)
     output_json["tables"] = config.stash.get(TABLES, {})
-    output_json["left_out"] = peers.left_out()
+    output_json["left_out"] = rivals.left_out()
 
 
 def pytest_terminal_summary(terminalreporter):
-    for line in peers.left_out():
+    for line in rivals.left_out():
         terminalreporter.write_line(line)
 
 

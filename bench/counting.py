@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cases
-import peers
 import restated
+import rivals
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -43,7 +43,7 @@ def optimizers() -> dict[str, Callable]:
         "ours": lambda own: Shampoo(own, refresh_every=CYCLE),
         "AdamW": torch.optim.AdamW,
     }
-    if (package := peers.package("pytorch_optimizer")) is not None:
+    if (package := rivals.package("pytorch_optimizer")) is not None:
         found["DASH"] = lambda own: package.DASH(own, precondition_frequency=CYCLE)
         found["SOAP"] = lambda own: package.SOAP(own, precondition_frequency=CYCLE)
     return found

@@ -5,7 +5,7 @@ import platform
 import statistics
 from importlib import metadata
 
-import peers
+import rivals
 import torch
 
 import shampoo_kernels
@@ -22,7 +22,7 @@ def facts(quick: bool) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "shampoo_kernels": shampoo_kernels.__version__,
-        "peers": {name: _version(name) for name in peers.PACKAGES if _version(name)},
+        "peers": {name: _version(name) for name in rivals.PACKAGES if _version(name)},
         "threads": torch.get_num_threads(),
         "isa": native.lib.isa() if native.lib else f"no extension: {native.why_not}",
         "command": "QUICK=1 make bench" if quick else "make bench",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import shampoo_kernels as sk
+from shampoo_kernels.ops.pack import Pieces
 
 
 class Case(NamedTuple):
@@ -138,6 +139,20 @@ def _orthogonalize(batch: int, n: int, device: str) -> Case:
     )
 
 
+def _pack(batch: int, n: int, device: str) -> Case:
+    """Blocks of 16-bit matrices twice as wide, cast into one stack."""
+    data = torch.randn(batch, n, 2 * n, device=device).bfloat16()[:, :, :n]
+    stack = torch.zeros(batch, n, n, device=device)
+    pieces = Pieces(data.unbind(), stack.unbind())
+
+    def call() -> Tensor:
+        pieces.pack_()
+        return stack
+
+    exact = data.double()
+    return Case("pack", f"{batch} x {n}²", device, call, lambda X: relative(X, exact))
+
+
 OPS: dict[str, Callable[[int, int, str], Case]] = {
     "gram_ema_": _gram,
     "inverse_root": _root,
@@ -147,4 +162,5 @@ OPS: dict[str, Callable[[int, int, str], Case]] = {
     "kronecker_power_step": _kronecker,
     "precondition": _precondition,
     "orthogonalize": _orthogonalize,
+    "pack": _pack,
 }
