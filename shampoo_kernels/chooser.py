@@ -48,6 +48,8 @@ TABLE = (
     Row("kronecker_power_step", "cuda", "triton", (torch.float32,), "symmetric product", False),
     Row("inverse_root", "cuda", "triton", (torch.float32,), "iterations in half products", False),
     Row("precondition", "cuda", "triton", (torch.float32,), "norm in the product", False),
+    Row("eigenvalue_bound", "cuda", "triton", (torch.float32,), "one launch a stack", False),
+    Row("power_iteration", "cuda", "triton", (torch.float32,), "up to 32 vectors at once", False),
 )
 OPS = (
     "gram_ema_",

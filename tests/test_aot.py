@@ -31,6 +31,7 @@ FLOWS = [
     ("gram_ema_", True, 1), ("gram_ema_", False, 4), ("precondition", "highest"),
     ("inverse_root", "newton", 2, "highest"), ("inverse_root", "product", 4, "high"),
     ("inverse_root", "product", 2, "high"), ("inverse_root", "product", 2, "highest"),
+    ("eigenvalue_bound", 16, 512, 600), ("power_iteration", 16, 32),
 ]  # fmt: skip
 
 

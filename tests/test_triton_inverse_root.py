@@ -2,7 +2,6 @@
 GPU does, under the laws of test_inverse_root.py; and in the interpreter, which must agree."""
 
 import functools
-import gc
 
 import emulated_product
 import interpreted  # noqa: F401  (before triton: it chooses the interpreter)
@@ -10,6 +9,7 @@ import matrices
 import pytest
 import test_inverse_root as laws
 import torch
+from alive import Alive
 from interpreted import form  # noqa: F401
 
 from shampoo_kernels import RootStatus, inverse_root
@@ -145,31 +145,65 @@ def test_chunks_do_not_change_a_bit(monkeypatch):
     assert kernels.chunks(0, 4) == []
 
 
-@pytest.mark.parametrize(("method", "p", "most"), [
-    ("newton", 1, 4), ("newton", 2, 4), ("newton", 4, 4), ("newton", 3, 5),
-    ("product", 2, 6.5), ("product", 4, 6.5),
-])  # fmt: skip
-def test_workspace(monkeypatch, method, p, most):
-    """Stacks that are alive at the same time while the iteration runs, as the docstrings say."""
-    n, peak = 24, [0.0]
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("previous", [False, True])
+@pytest.mark.parametrize(("method", "p"), CASES)
+def test_workspace(monkeypatch, method, p, previous, precision, batch):
+    """At most four stacks beside the result, from the op's first tensor to its last, five for
+    newton with a p that is no power of two; a block more for what belongs to all of a stack."""
+    n = 48
+    A = matrices.condition(n, 1e3).float().repeat(batch, 1, 1)
+    bound = torch.ones(batch)
+    monkeypatch.setattr(roots, "_bound", lambda A: (bound[: len(A)], bound[: len(A)] > 0, bound))
+    arithmetic = [kernels.arithmetic(method, n, p, 1e-3, precision)]
 
-    def alive():
-        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-        return sum(size for size in storages.values() if size >= 2 * n * n) / (4 * n * n)
+    def uncounted(*arguments, **options):
+        with torch.utils._python_dispatch._disable_current_modes():
+            return emulated_product.product(*arguments, **options)
 
-    def counted(*arguments, **options):
-        out = emulated_product.product(*arguments, **options)
-        peak[0] = max(peak[0], alive())
-        return out
+    monkeypatch.setattr(kernels, "multiply", uncounted)
+    old = torch.eye(n).repeat(batch, 1, 1) if previous else None
+    results = torch.empty_like(A), torch.empty(batch), torch.empty(batch, dtype=torch.int8)
+    with Alive() as alive:
+        roots.compute(method, "triton", A, p, 1e-3, 1e-3, None, old, *results, precision)
+    assert (results[2] == RootStatus.CONVERGED).all(), arithmetic
+    most = 5 if (method, p) == ("newton", 3) else 4
+    small = 64 * batch * 8  # vectors of a few numbers per block
+    assert 3 * A.nbytes < alive.peak <= most * A.nbytes + small, alive.peak / A.nbytes
 
-    A, one = matrices.condition(n, 1e3).float()[None], torch.ones(1)
-    monkeypatch.setattr(kernels, "multiply", counted)
-    steps = roots.schedule(method, 1e-3, p, torch.float32)
-    arithmetic = kernels.arithmetic(method, 64, p, 1e-3, "high")
-    before = alive()
-    kernels.iterate(method, A, one, one > 0, 1e-3, p, steps, arithmetic)
-    assert peak[0] - before <= most
+
+def test_what_the_workspace_test_counts():
+    """Bytes alive at the same time, of new storages alone: views and old tensors count nothing."""
+    old = torch.zeros(100)
+    with Alive() as alive:
+        x = old + 1
+        y = x[:50].view(5, 10)
+        del x
+        assert alive.now == 400
+        del y
+        assert alive.now == 0
+        (old + 1) * 2
+    assert alive.peak == 800
+
+
+@pytest.mark.parametrize("method", ["newton", "product"])
+@pytest.mark.parametrize("p", [2, 4])
+@pytest.mark.parametrize("exponent", [-146, -135, -126, -60, 60, 120, 127])
+def test_every_scale(method, p, exponent):
+    """Powers of two change nothing but the power of the root, down to bounds whose inverse is no
+    float32; below 2^-126 the entries of A themselves are rounded, to integers times 2^-149."""
+    A = torch.eye(8) + torch.eye(8).roll(1, 0) + torch.eye(8).roll(1, 0).T
+    A = A @ A / 8  # multiples of 1/8, a bound below 2
+    scaled = (A.double() * 2.0**exponent).float()
+    assert torch.equal(scaled.double(), A.double() * 2.0**exponent)
+    result, one = (inverse_root(x, p, ridge=1e-3, method=method) for x in (scaled, A))
+    assert result.status == RootStatus.CONVERGED
+    expected = one.root.double() * 2.0 ** (-exponent / p)
+    # A bound of few bits rounds up by as much as its last: the ridge and the scale follow it.
+    rtol = 1e-5 if exponent >= -120 else 1e-3 * 0.5
+    assert laws.relative(result.root, expected) < max(rtol, 1e-5)
+    assert laws.relative(result.root, laws.truth(scaled, p, 1e-3)[0]) < 1e-4
 
 
 def test_float16_never_overflows(monkeypatch):

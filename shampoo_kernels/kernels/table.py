@@ -50,10 +50,12 @@ _OPS = {  # the modes that each op's operands come in, apart from "16-bit"
     "newton": ("tf32x3", "bf16x3", "bf16x6"),
     "product": ("tf32x3", "tf32"),
     "precondition": ("tf32x3", "bf16x3", "bf16"),
+    "power_iteration": ("tf32x3", "bf16x6"),
 }
 
 
 def _rows(op: str, fp32: tuple[str, ...]) -> tuple[Row, ...]:
+    narrow = 32 if op == "power_iteration" else 64  # few columns, and 64 spills registers
     rows: tuple[Row, ...] = (
         Row("sm_90", op, ("16-bit",), _SMALL, "descriptor", 64, 64, 4, 4),
         Row("sm_90", op, ("16-bit",), _LARGE, "descriptor", 128, 64, 8, 4),
@@ -63,11 +65,11 @@ def _rows(op: str, fp32: tuple[str, ...]) -> tuple[Row, ...]:
         Row("sm_90", op, fp32, _LARGE, "descriptor", 128, 32, 8, 3),
         Row("sm_90", op, (*fp32, "ieee"), _LARGE, "pointer", 64, 32, 4, 3),
         Row("sm_80", op, ("16-bit",), _LARGE, "pointer", 64, 32, 4, 4),
-        Row("sm_80", op, (*fp32, "ieee"), _LARGE, "pointer", 64, 32, 4, 2),
+        Row("sm_80", op, (*fp32, "ieee"), _LARGE, "pointer", narrow, 32, 4, 2),
         Row("sm_100", op, ("16-bit", *fp32, "ieee"), _LARGE, "pointer", 64, 32, 4, 3),
         Row("gfx942", op, ("16-bit", *_HIP, "ieee"), _LARGE, "pointer", 64, 32, 4, 2),
     )
-    if op == "newton":  # all of its matrices are float32
+    if op in ("newton", "power_iteration"):  # all of their matrices are float32
         rows = tuple(row for row in rows if row.modes != ("16-bit",))
     return rows
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common
 
 _OP = "power_iteration"
@@ -48,7 +49,7 @@ def power_iteration_ref(A: Tensor, steps: int, vectors: int) -> Tensor:
     finite = scale.isfinite()
     usable = finite & (scale > 0)
     A = torch.where(finite[:, None, None], A / torch.where(usable, scale, 1.0)[:, None, None], 0)
-    V = _orthonormal(_start(n, min(vectors, n), A).expand(batch, -1, -1))
+    V = _orthonormal(start(n, min(vectors, n), A).expand(batch, -1, -1))
     for _ in range(steps):
         W = A @ V
         V = _orthonormal(W)
@@ -63,7 +64,7 @@ def _orthonormal(V: Tensor) -> Tensor:
     return torch.linalg.qr(V).Q
 
 
-def _start(n: int, vectors: int, like: Tensor) -> Tensor:
+def start(n: int, vectors: int, like: Tensor) -> Tensor:
     """(n, vectors) numbers in (-1/2, 1/2): a hash of the index, in integers."""
     x = torch.arange(1, n * vectors + 1, device=like.device)
     for _ in range(2):
@@ -93,6 +94,11 @@ def _check(A: Tensor, steps: int, vectors: int) -> None:
 
 def _implementation(A: Tensor, steps: int, vectors: int) -> Tensor:
     _check(A, steps, vectors)
+    if choose(_OP, A.device.type, A.dtype) == "triton":
+        from shampoo_kernels.kernels import power_iteration as kernels
+
+        if min(vectors, A.shape[-1]) <= kernels.MOST_VECTORS:
+            return kernels.power_iteration(A, steps, vectors)
     return power_iteration_ref(A, steps, vectors)
 
 

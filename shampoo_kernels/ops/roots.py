@@ -109,16 +109,14 @@ def by_iteration(
     """
     bound, usable, scale = _bound(A)
     steps = schedule(method, floor, 2 if (method, p) == ("product", 1) else p, A.dtype)
-    shift = ridge / (1 + ridge)
     if precision is not None:
         from shampoo_kernels.kernels import inverse_root as kernels  # needs triton
 
         arithmetic = kernels.arithmetic(method, A.shape[-1], p, floor, precision)
-        divisor = scale * (1 + ridge)
-        X, distance = kernels.iterate(method, A, divisor, usable, shift, p, steps, arithmetic)
+        X, distance = kernels.iterate(method, A, scale, usable, ridge, p, steps, arithmetic)
     else:
         scaled = mirror_lower(A) / scale.view(-1, 1, 1) / (1 + ridge)
-        scaled.diagonal(dim1=-2, dim2=-1).add_(shift)
+        scaled.diagonal(dim1=-2, dim2=-1).add_(ridge / (1 + ridge))
         scaled = _replace(scaled, ~usable)
         iterate = iterations.newton if method == "newton" else iterations.product
         X, distance = iterate(scaled, p, steps)
@@ -230,10 +228,10 @@ def _finish(
     value = _power(bound, -1 / p)
     usable = (bound > 0) & bound.isfinite() & value.isfinite() & (value > 0)
     value = torch.where(usable, value, 1)
-    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    other, kept = value.view(-1, 1, 1) * eye, torch.zeros_like(good)
+    kept = torch.zeros_like(good) if previous is None else _finite(previous)
+    other = torch.zeros_like(X)
+    other.diagonal(dim1=-2, dim2=-1).copy_(value.view(-1, 1))
     if previous is not None:
-        kept = _finite(previous)
         other = torch.where(kept.view(-1, 1, 1), previous, other)
     root.copy_(torch.where(good.view(-1, 1, 1), X, other))
     residual.copy_(torch.where(finite, distance, torch.inf))
