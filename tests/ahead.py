@@ -148,7 +148,7 @@ def flow(target: str, op: str, n: int, *arguments) -> list[dict]:
     G, S = torch.zeros(2, n, n, dtype=torch.bfloat16), torch.zeros(2, n, n)
     if op == "gram_ema_":
         weighted, splits = arguments
-        gram_ema.k_splits = lambda *_: splits
+        table.splits = lambda *_: splits
         weight = S.clone() if weighted else None
         gram_ema.accumulate_(S, G[:, None].mT, weight, torch.zeros(2), 0.5, "highest")
     elif op == "inverse_root":

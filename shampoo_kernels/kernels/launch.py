@@ -38,7 +38,7 @@ def prepare(
     mode = table.mode(A.dtype, B.dtype, precision, target)
     plans = [_Plan.of(x) for x in (A, B, C, D, D16)]
     descriptors = all(plan.aligned for plan in plans) and not any(p.turned for p in plans[2:])
-    row = table.select(target, op, mode, max(m, n), descriptors)
+    row = table.select(target, op, mode, max(m, n), A.shape[-1], descriptors)
     descriptors = row.form == "descriptor"
     operand, dot = table.MODES[mode]
     shapes = ((row.block, row.block_k), (row.block_k, row.block), *[(row.block, row.block)] * 3)

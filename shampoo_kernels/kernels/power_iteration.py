@@ -55,7 +55,7 @@ def power_iteration(A: Tensor, steps: int, vectors: int) -> Tensor:
 
 def _orthonormalize(W: Tensor, V: Tensor) -> None:
     batch, n, width = W.shape
-    meta = {"WIDTH": width, "CHUNK": _CHUNK, "num_warps": 4}
+    meta = {"WIDTH": width, "CHUNK": _CHUNK, "num_warps": width // 4}
     run(orthonormalize_kernel, Launch((batch,), (W, V, n), meta), W)
 
 

@@ -74,14 +74,33 @@ def compute(
     elif method == "eigh":
         by_eigh(A, p, ridge, rank_rtol, previous, *results)
     elif backend == "triton":
-        from shampoo_kernels.kernels.inverse_root import chunks  # needs triton
+        from shampoo_kernels.kernels import graphs  # needs triton
 
-        for part in chunks(*A.shape[:2]):
-            kept = None if previous is None else previous[part]
-            outputs = (result[part] for result in results)
-            by_iteration(method, A[part], int(p), ridge, floor, kept, *outputs, precision=precision)
+        def refresh(inputs: list[Tensor], outputs: list[Tensor]) -> None:
+            _in_chunks(method, int(p), ridge, floor, precision, inputs, outputs)
+
+        inputs = [A] if previous is None else [A, previous]
+        if graphs.wanted(A):
+            name = (method, int(p), ridge, floor, precision)
+            graphs.cache.run(name, refresh, inputs, list(results))
+        else:
+            refresh(inputs, list(results))
     else:
         by_iteration(method, A, int(p), ridge, floor, previous, *results)
+
+
+def _in_chunks(
+    method: str, p: int, ridge: float, floor: float, precision: str,
+    inputs: list[Tensor], outputs: list[Tensor],
+) -> None:  # fmt: skip
+    """An iteration by the Triton kernels on [A] or [A, previous], in parts of bounded memory."""
+    from shampoo_kernels.kernels.inverse_root import chunks
+
+    A, *previous = inputs
+    for part in chunks(*A.shape[:2]):
+        kept = previous[0][part] if previous else None
+        results = [result[part] for result in outputs]
+        by_iteration(method, A[part], p, ridge, floor, kept, *results, precision=precision)
 
 
 @functools.lru_cache(maxsize=64)
