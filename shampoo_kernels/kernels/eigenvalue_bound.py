@@ -36,8 +36,8 @@ def eigenvalue_bound(A: Tensor) -> Tensor:
     squares = torch.empty(batch, strips, dtype=torch.float64, device=A.device)
     meta = {"HEIGHT": _STRIP, "WIDTH": _WIDTH, "num_warps": 4}
     for x, y in ((None, sums), (sums, weighted)):
-        arguments = (A, x, y, squares if x is None else None, n, A.stride())
-        run(strip_kernel, Launch((batch * strips,), arguments, meta), A)
+        strip = (A, x, y, squares if x is None else None, n, A.stride())
+        run(strip_kernel, Launch((batch * strips,), strip, meta), A)
     arguments = (A, sums, weighted, squares, bound, n, strips, A.stride())
     run(combine_kernel, Launch((batch,), arguments, {"WIDTH": 1024, "num_warps": 4}), A)
     return bound

@@ -10,7 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Device:
     """What a cache asks of CUDA; the tests have their own."""
 
     def __init__(self) -> None:
-        self._pools: dict[Hashable, tuple[int, int]] = {}
+        self._pools: dict[Hashable, Any] = {}
 
     def key(self, on: Tensor) -> Hashable:
         """Graphs of one stream are replayed one after another, so they may share their memory."""
