@@ -118,11 +118,11 @@ def check_gram() -> None:
                 kept, summed = G.shape[-2:]
                 if kept > 1000:
                     continue
-                weight = draw(3, summed, summed, seed=2)
-                weight = weight + weight.mT
-                for W in (None, weight):
-                    if W is not None and summed > 1000:
-                        continue
+                weights: list[torch.Tensor | None] = [None]
+                if summed <= 1000:
+                    weight = draw(3, summed, summed, seed=2)
+                    weights.append(weight + weight.mT)
+                for W in weights:
                     stat = draw(3, kept, kept, seed=1)
                     old = stat.double().tril() + stat.double().tril(-1).mT
                     beta = torch.tensor([0.9, 0.0, 1.0], device=DEVICE)

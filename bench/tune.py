@@ -117,7 +117,7 @@ def _place(point: Point) -> tuple:
     return point.op, point.mode, point.n, point.k
 
 
-def write(rows: list[table.Row], gpu: str, versions: str, date: str, path: Path = TUNED) -> None:
+def write(rows: list[table.Row], gpu: str, versions: str, date: str, path: Path) -> None:
     """tuned.py, with the rows of other targets that it already held."""
     namespace: dict = {}
     if path.exists():
@@ -169,7 +169,8 @@ def on_the_gpu(point: Point, rows: list[table.Row]) -> list[Timing]:
     batch, n, k = point.batch, point.n, point.k
     count = gpu_bench.copies(batch * n * (k * dtype.itemsize + 4 * n))
     A = [gpu_checks.draw(batch, n, k, seed=seed, dtype=dtype) for seed in count]
-    D = [gpu_checks.draw(batch, n, n, seed=seed) for seed in count]
+    columns = min(n, 16) if point.op == "power_iteration" else n
+    D = [gpu_checks.draw(batch, n, columns, seed=seed) for seed in count]
     names = {str(index): row for index, row in enumerate(rows)}
     calls = {
         name: [
@@ -178,7 +179,7 @@ def on_the_gpu(point: Point, rows: list[table.Row]) -> list[Timing]:
         for name, row in names.items()
     }
     times = gpu_bench.milliseconds(calls, rounds=9)
-    exact = A[0][:1].double() @ A[0][:1].double().mT
+    exact = A[0][:1].double() @ A[0][:1, :columns].double().mT
     found = []
     for name, row in names.items():
         if (value := times[name]) is not None:
@@ -200,7 +201,8 @@ def launch(point: Point, row: table.Row, A: torch.Tensor, D: torch.Tensor) -> No
         if point.op == "gram_ema_":
             gram_ema.accumulate_(D, A[:, None], None, 0.95, 0.05, point.mode)
         else:
-            product(A, A.mT, D, op=point.op, c=0.05, symmetric=point.op == "newton",
+            B = A[:, : D.shape[-1]].mT
+            product(A, B, D, op=point.op, c=0.05, symmetric=point.op == "newton",
                     precision=point.mode)  # fmt: skip
     finally:
         table.select = original
@@ -239,7 +241,7 @@ def main(argv: list[str]) -> int:
         "points": [[p._asdict(), [(*t.row, t.milliseconds, t.error) for t in timings]]
                    for p, timings in everything.items()],
     }, indent=1))  # fmt: skip
-    write(rows(chosen, f"{options.results}/tune.json, {name}, {date}"), name, versions, date)
+    write(rows(chosen, f"{options.results}/tune.json, {name}, {date}"), name, versions, date, TUNED)
     print(f"{len(chosen)} points chosen; wrote {TUNED} and {file}: run the tests, then commit both")
     return 0
 

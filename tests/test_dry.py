@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from shampoo_kernels.kernels import table
+from shampoo_kernels.kernels import gram_ema, table
+from shampoo_kernels.kernels import product as product_module
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 SIZES = {"race": (70, 16, 3), "wide offsets": (128, 3), "roots": (33,), "bounds": (1, 33),
@@ -95,8 +96,8 @@ def load(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "torch", Torch())
-    monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(module, "BACKEND", "reference")
+    for attribute, value in (("DEVICE", "cpu"), ("BACKEND", "reference")):
+        monkeypatch.setattr(module, attribute, value, raising=name != "tune")
     return module
 
 
@@ -204,3 +205,26 @@ def test_out_of_time(bench, tmp_path, capsys):
     assert "not measured, out of time" in capsys.readouterr().out
     assert not json.loads(file.read_text())["rows"]
     assert time.monotonic() > bench.DEADLINE
+
+
+def test_tuning(bench, monkeypatch, tmp_path, capsys):
+    """All of bench/tune.py but the kernels and the times."""
+    tune = load("tune", monkeypatch)
+    for module in (gram_ema, product_module):
+        monkeypatch.setattr(module, "product", emulated_product.product)
+    shapes = [tune.Point(op, mode, 2, 33, 40) for op, mode in (
+        ("gram_ema_", "16-bit"), ("newton", "tf32x3"), ("product", "16-bit"),
+        ("precondition", "bf16x3"), ("power_iteration", "tf32x3"))]  # fmt: skip
+    all_candidates = tune.candidates
+    monkeypatch.setattr(tune, "points", lambda modes: shapes)
+    monkeypatch.setattr(tune, "candidates", lambda *a: list(all_candidates(*a))[:3])
+    monkeypatch.setattr(tune, "TUNED", tmp_path / "tuned.py")
+    select = table.select
+    assert tune.main(["--results", str(tmp_path), "--seconds", "1000"]) == 0
+    assert table.select is select
+    said = capsys.readouterr()
+    assert "5 points chosen" in said.out, said
+    record = json.loads((tmp_path / "tune.json").read_text())
+    assert [len(timings) for _, timings in record["points"]] == [3] * 5
+    assert all(error < 1e-2 for _, timings in record["points"] for *_, error in timings)
+    assert (tmp_path / "tuned.py").read_text().count('"') >= 6
