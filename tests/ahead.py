@@ -110,6 +110,7 @@ def row(target: str, index: int, mode: str, turned: bool) -> dict:
         "newton": {"C": other, "symmetric": True, "measure": "distance"},
         "product": {"C": D, "D16": other.half()},
         "precondition": {"measure": "squares"},
+        "power_iteration": {},
     }[chosen.op]
     try:
         prepared = launch.prepare(A, A.mT, D, op=chosen.op, precision=mode, **options)
