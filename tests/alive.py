@@ -1,7 +1,9 @@
-"""Bytes of the tensors that torch has made and that are alive, as a GPU's allocator would count."""
+"""Watching torch's own operations: bytes alive, as a GPU's allocator would count them, and
+operations that would make the host wait for a GPU."""
 
 import weakref
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,3 +39,19 @@ class Alive(TorchDispatchMode):
     def _forget(self, key, size):
         self.now -= size
         del self.known[key]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Inside `with`: what gives the host a number, or a shape that depends on numbers, raises."""
+
+    FORBIDDEN = (
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.masked_select,
+        torch.ops.aten.equal,
+        torch.ops.aten.is_nonzero,
+    )
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in self.FORBIDDEN, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))

@@ -9,13 +9,15 @@ import matrices
 import pytest
 import test_inverse_root as laws
 import torch
-from alive import Alive
+from alive import Alive, NoWaiting
 from interpreted import form  # noqa: F401
 from test_graphs import FakeDevice
 
 from shampoo_kernels import RootStatus, inverse_root
+from shampoo_kernels.kernels import eigenvalue_bound as bound_kernels
 from shampoo_kernels.kernels import graphs, product
 from shampoo_kernels.kernels import inverse_root as kernels
+from shampoo_kernels.ops import eigenvalue_bound as bound_op
 from shampoo_kernels.ops import inverse_root as op
 from shampoo_kernels.ops import roots
 
@@ -234,3 +236,36 @@ def test_a_refresh_by_a_graph(monkeypatch, method):
     inverse_root(A, 2, ridge=1e-4, method=method)
     inverse_root(A, 4, ridge=1e-3, method=method)
     assert graphs.cache.device.captures == 4
+
+
+def test_the_bound_is_of_the_same_backend(monkeypatch):
+    """Where the roots are Triton's, one launch of its bound serves the whole stack."""
+    launches, launch = [], bound_kernels.run
+    monkeypatch.setattr(bound_op, "choose", lambda *_: "triton")
+    monkeypatch.setattr(
+        bound_kernels, "run", lambda kernel, *rest: launches.append(kernel) or launch(kernel, *rest)
+    )
+    A = torch.stack([matrices.condition(20, 10.0**k) for k in (1, 2, 3)]).float()
+    result = inverse_root(A, 2, ridge=1e-3, method="newton")
+    assert launches == [bound_kernels.bound_kernel]
+    assert (laws.relative(result.root, laws.truth(A, 2, 1e-3)[0]) < 1e-4).all()
+
+
+@pytest.mark.parametrize("previous", [False, True])
+@pytest.mark.parametrize("method", ["newton", "product"])
+def test_nothing_waits_for_the_device(monkeypatch, method, previous):
+    """The host asks for no number: what a GPU would have to finish for is never called."""
+
+    def unwatched(*arguments, **options):
+        with torch.utils._python_dispatch._disable_current_modes():
+            return emulated_product.product(*arguments, **options)
+
+    monkeypatch.setattr(kernels, "multiply", unwatched)
+    A = matrices.condition(20, 1e2).float().repeat(2, 1, 1)
+    results = torch.empty_like(A), torch.empty(2), torch.empty(2, dtype=torch.int8)
+    old = A.clone() if previous else None
+    with NoWaiting():
+        roots.compute(method, "triton", A, 2, 1e-3, 1e-3, None, old, *results, "high")
+    assert (results[2] == RootStatus.CONVERGED).all()
+    with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
+        results[1].sum().item()
