@@ -3,7 +3,8 @@
 A refresh launches 20 to 40 kernels on the same buffers with the same numbers, of which only the
 entries of the stack change. Where a launch costs more than its kernel (small blocks, few of them),
 replaying saves the host's part. Off unless SHAMPOO_KERNELS_GRAPHS=1 says otherwise: not measured
-yet. Never used inside somebody else's capture, which then simply contains the launches.
+yet. Never used inside somebody else's capture, which then simply contains the launches. A capture
+waits for the device, a replay does not.
 """
 
 import os
