@@ -6,6 +6,7 @@ over the copy bandwidth and flops over the GEMM rate, both measured in this run.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,10 +16,19 @@ import torch
 from gpu_checks import relative, spectrum, truth
 
 import shampoo_kernels
-from shampoo_kernels import gram_ema_, inverse_root, precondition, use_backend
+from shampoo_kernels import (
+    eigenvalue_bound,
+    gram_ema_,
+    inverse_root,
+    power_iteration,
+    precondition,
+    use_backend,
+)
 
-ROTATED_BYTES = 200 << 20
-DEADLINE = time.monotonic() + (float(sys.argv[2]) if len(sys.argv) > 2 else 300.0)
+# tests/test_dry.py runs all of this on a CPU, by the reference, where no time means anything.
+DEVICE, BACKEND = "cuda", "triton"
+ROTATED_BYTES, COPIED_BYTES, RATED_N = 200 << 20, 1 << 29, 8192
+DEADLINE = time.monotonic() + 300.0
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 Calls = list[Callable[[], object]]
 
@@ -74,16 +84,16 @@ def eager(call: Callable[[], object]) -> Callable[[], object]:
 
 def rates() -> dict[str, float]:
     """GB/s of a copy, TFLOP/s of large products."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
     found = {"copy GB/s": 2 * source.nbytes / _rate([lambda: source.clone()]) / 1e6}
     for name, dtype, tf32 in (
         ("bf16", BFLOAT16, False),
         ("tf32", FLOAT32, True),
         ("fp32", FLOAT32, False),
     ):
-        A = torch.randn(8192, 8192, device="cuda").to(dtype)
+        A = torch.randn(RATED_N, RATED_N, device=DEVICE).to(dtype)
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        found[f"{name} TFLOP/s"] = 2 * 8192**3 / _rate([lambda A=A: A @ A]) / 1e9
+        found[f"{name} TFLOP/s"] = 2 * RATED_N**3 / _rate([lambda A=A: A @ A]) / 1e9
     torch.backends.cuda.matmul.allow_tf32 = False
     return found
 
@@ -99,8 +109,8 @@ def copies(nbytes: int) -> range:
 
 
 def bench_gram(batch: int, n: int, dtype: torch.dtype, rate: dict[str, float]) -> dict:
-    G = [torch.randn(batch, n, n, device="cuda").to(dtype) for _ in copies(6 * batch * n * n)]
-    S = [torch.zeros(batch, n, n, device="cuda") for _ in G]
+    G = [torch.randn(batch, n, n, device=DEVICE).to(dtype) for _ in copies(6 * batch * n * n)]
+    S = [torch.zeros(batch, n, n, device=DEVICE) for _ in G]
 
     def each(call: Callable[[torch.Tensor, torch.Tensor], object]) -> Calls:
         return [lambda s=s, g=g: call(s, g) for s, g in zip(S, G, strict=True)]
@@ -190,8 +200,8 @@ def bench_root(batch: int, n: int, p: int, ridge: float, rate: dict[str, float])
 
 
 def bench_precondition(batch: int, n: int, rate: dict[str, float]) -> dict:
-    G = torch.randn(batch, n, n, device="cuda").bfloat16()
-    L, R = torch.randn(batch, n, n, device="cuda"), torch.randn(batch, n, n, device="cuda")
+    G = torch.randn(batch, n, n, device=DEVICE).bfloat16()
+    L, R = torch.randn(batch, n, n, device=DEVICE), torch.randn(batch, n, n, device=DEVICE)
     found = milliseconds({
         "ours": [lambda: precondition(G, L, R)],
         "two fp32 bmm and a norm": [lambda: (L @ G.float() @ R).square().sum((1, 2))],
@@ -202,11 +212,66 @@ def bench_precondition(batch: int, n: int, rate: dict[str, float]) -> dict:
             "error": relative(precondition(G, L, R)[0][:1], exact).max().item()}  # fmt: skip
 
 
+def bench_bound(batch: int, n: int, rate: dict[str, float]) -> dict:
+    A = [spectrum(n, 1e3, blocks=1).repeat(batch, 1, 1) for _ in copies(4 * batch * n * n)]
+
+    def reference(a: torch.Tensor) -> torch.Tensor:
+        with use_backend("reference"):
+            return eigenvalue_bound(a)
+
+    found = milliseconds({
+        "ours": [lambda a=a: eigenvalue_bound(a) for a in A],
+        "reference": [lambda a=a: reference(a) for a in A],
+        "Frobenius": [lambda a=a: torch.linalg.matrix_norm(a) for a in A],
+    })  # fmt: skip
+    floor = 2.0 * batch * n * (n + 1) / rate["copy GB/s"] / 1e6
+    error = (eigenvalue_bound(A[0]) / reference(A[0]) - 1).abs().max().item()
+    return {"case": f"eigenvalue_bound {batch} x {n}²", "milliseconds": found, "floor": floor,
+            "error": error}  # fmt: skip
+
+
+def bench_power(batch: int, n: int, rate: dict[str, float]) -> dict:
+    A = spectrum(n, 1e3, blocks=1).repeat(batch, 1, 1)
+    found = milliseconds({
+        "ours": [lambda: power_iteration(A)],
+        "ours, one vector": [lambda: power_iteration(A, 10, 1)],
+        "12 bmm of 16 columns": [lambda: [A @ A[:, :, :16] for _ in range(12)]],
+    })  # fmt: skip
+    floor = 12 * 4.0 * batch * n * n / rate["copy GB/s"] / 1e6
+    exact = torch.linalg.eigvalsh(A[:1].double())[:, -1]
+    error = (power_iteration(A[:1]).double() / exact - 1).abs().max().item()
+    return {"case": f"power_iteration {batch} x {n}², 10 steps, 16 vectors", "milliseconds": found,
+            "floor": floor, "error": error}  # fmt: skip
+
+
+def bench_graphs(batch: int, n: int, rate: dict[str, float]) -> dict:
+    """A refresh as users call it, launches and all, with and without the package's own graphs."""
+    A = spectrum(n, 1e3, blocks=1).repeat(batch, 1, 1)
+
+    def refresh(graphs: str) -> torch.Tensor:
+        os.environ["SHAMPOO_KERNELS_GRAPHS"] = graphs
+        return inverse_root(A, 2, ridge=1e-3, method="newton").root
+
+    try:
+        found = milliseconds({
+            "ours": [eager(lambda: refresh("1"))], "no graph": [eager(lambda: refresh("0"))],
+        })  # fmt: skip
+        error = relative(refresh("1")[:1], truth(A[:1], 2, 1e-3)).max().item()
+    finally:
+        os.environ.pop("SHAMPOO_KERNELS_GRAPHS", None)
+    return {"case": f"inverse_root by own graph {batch} x {n}²", "milliseconds": found,
+            "floor": None, "error": error}  # fmt: skip
+
+
 def jobs() -> list[tuple[Callable[..., dict], tuple]]:
     sizes = [(1, 1024), (1, 2048), (1, 4096), (1, 8192), (64, 256), (64, 512), (64, 1024)]
     gram = [(bench_gram, (batch, n, dtype)) for batch, n in sizes for dtype in (BFLOAT16, FLOAT32)]
     root = [(bench_root, (64, 1024, p, ridge)) for ridge in (1e-4, 1e-6) for p in (2, 4)]
-    return [*gram, *root, (bench_root, (64, 256, 2, 1e-4)), (bench_precondition, (64, 1024))]
+    bounds = [(bench_bound, shape) for shape in ((64, 256), (64, 1024), (1, 4096))]
+    power = [(bench_power, shape) for shape in ((64, 256), (64, 1024), (1, 4096))]
+    graphs = [(bench_graphs, shape) for shape in ((8, 64), (64, 256), (64, 512))]
+    more = [(bench_root, (64, 256, 2, 1e-4)), (bench_precondition, (64, 1024))]
+    return [*gram, *root, *more, *bounds, *power, *graphs]
 
 
 def markdown(results: dict) -> str:
@@ -231,12 +296,15 @@ def markdown(results: dict) -> str:
     return "\n".join([*lines, *("", *results["left out"])])
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
+    """RESULTS.json [seconds]"""
+    global DEADLINE
     if not torch.cuda.is_available():
         print("there is no GPU here: nothing was measured", file=sys.stderr)
         return 1
     import triton
 
+    DEADLINE = time.monotonic() + (float(argv[1]) if len(argv) > 1 else 300.0)
     results: dict = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -247,7 +315,7 @@ def main() -> int:
     }
     from gpu_bench_native import jobs as native_jobs
 
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         for function, arguments in native_jobs() + jobs():
             name = f"{function.__name__}{arguments}"[:80]
             if time.monotonic() > DEADLINE:
@@ -260,11 +328,11 @@ def main() -> int:
                     f"failed: {name}: {type(error).__name__}: {_line(error)}"
                 )
             torch.cuda.empty_cache()
-    with open(sys.argv[1], "w") as file:
+    with open(argv[0], "w") as file:
         json.dump(results, file, indent=1)
     print(markdown(results))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ Truth is float64 on the same GPU. `--small` is for compute-sanitizer.
 
 import functools
 import math
+import os
 import sys
 import time
 import traceback
@@ -19,13 +20,22 @@ from shampoo_kernels import (
     gram_ema_,
     inverse_root,
     kronecker_power_step,
+    power_iteration,
     precondition,
     use_backend,
 )
-from shampoo_kernels.kernels import table
+from shampoo_kernels.kernels import graphs, table
 from shampoo_kernels.kernels.product import product
 
-DEVICE = "cuda"
+# tests/test_dry.py runs all of this on a CPU, by the reference and with small SIZES.
+DEVICE, BACKEND, COMPILER = "cuda", "triton", "inductor"
+SIZES = {
+    "race": (4096, 256, 100),  # n, k, repeats
+    "wide offsets": (8192, 33),  # n, blocks: more than 2^31 elements
+    "roots": (33, 128, 260),
+    "bounds": (1, 33, 512, 1100),
+    "workspace": (512, 160),  # n, blocks
+}
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 # Largest relative error of one product of float32 operands in each mode; those of bfloat16 and
 # float16 tensors are exact. tf32 may truncate: 2^-10 an operand.
@@ -109,11 +119,11 @@ def check_gram() -> None:
                 kept, summed = G.shape[-2:]
                 if kept > 1000:
                     continue
-                weight = draw(3, summed, summed, seed=2)
-                weight = weight + weight.mT
-                for W in (None, weight):
-                    if W is not None and summed > 1000:
-                        continue
+                weights: list[torch.Tensor | None] = [None]
+                if summed <= 1000:
+                    weight = draw(3, summed, summed, seed=2)
+                    weights.append(weight + weight.mT)
+                for W in weights:
                     stat = draw(3, kept, kept, seed=1)
                     old = stat.double().tril() + stat.double().tril(-1).mT
                     beta = torch.tensor([0.9, 0.0, 1.0], device=DEVICE)
@@ -134,17 +144,18 @@ def check_gram() -> None:
 def check_race() -> None:
     """In place, 100 times, n = 4096, in integers, which are exact: a tile that reads what another
     program wrote, or is written twice, shows."""
-    G = integers(1, 4096, 256, largest=1).to(BFLOAT16)
+    n, k, repeats = SIZES["race"]
+    G = integers(1, n, k, largest=1).to(BFLOAT16)
     once = (G.float() @ G.float().mT).round()
-    stat = torch.zeros(1, 4096, 4096, device=DEVICE)
-    for _ in range(100):
+    stat = torch.zeros(1, n, n, device=DEVICE)
+    for _ in range(repeats):
         gram_ema_(stat, G, 1.0, 1.0, side="left")
-    assert torch.equal(stat, 100 * once)
+    assert torch.equal(stat, repeats * once)
 
 
 def check_wide_offsets() -> None:
     """A stack of more than 2^31 elements: its last block is where it should be."""
-    n, blocks = 8192, 33
+    n, blocks = SIZES["wide offsets"]
     if torch.cuda.mem_get_info()[0] < 2.5 * blocks * n * n * 2 + 6e9:
         return
     G = torch.zeros(blocks, n, n, device=DEVICE, dtype=BFLOAT16)
@@ -177,7 +188,7 @@ ROOTS = [(m, p, w) for m in ("newton", "product") for p in (1, 2, 4) for w in ("
 def check_root(method: str, p: int, precision: str) -> None:
     """Random spectra, low rank, NaN, both sides of the switch between kinds of operands; the error
     within a multiple of unit * sqrt(kappa) for products of 16 bits, unit * kappa in float32."""
-    for n in (33, 128, 260):
+    for n in SIZES["roots"]:
         for ridge in (1e-4, 1e-6):
             if (method, precision) == ("newton", "high") and ridge < 1e-4:
                 continue
@@ -191,6 +202,65 @@ def check_root(method: str, p: int, precision: str) -> None:
             low = precision == "high" and ridge == 1e-4
             most = 32 * 2.0**-11 * ridge**-0.5 / p if low else 32 * 2.0**-24 * ridge**-1 / p
             assert error <= max(most, 1e-5), (n, ridge, error, most)
+
+
+def check_tiny_and_huge() -> None:
+    """Scales whose inverse is no float32: powers of two change nothing but the root's own power."""
+    A = spectrum(40, 100.0)
+    one = inverse_root(A, 2, ridge=1e-3, method="newton").root
+    for exponent in (-130, -126, -60, 60, 126):
+        scaled = (A.double() * 2.0**exponent).float()
+        for method in ("newton", "product"):
+            result = inverse_root(scaled, 2, ridge=1e-3, method=method)
+            assert result.status.tolist() == [0, 0], (exponent, method)
+            error = relative(result.root, one.double() * 2.0 ** (-exponent / 2)).max()
+            assert error < 1e-4, (exponent, method, error)
+
+
+def bounded(n: int) -> torch.Tensor:
+    """Flat, nearly flat, spiked, zero-row, rank-one and indefinite blocks, float64."""
+    Q = torch.linalg.qr(draw(n, n).double()).Q
+    ramp = torch.arange(1, n + 1, device=DEVICE, dtype=torch.float64)
+    spectra = (torch.ones_like(ramp), 1 + 1e-6 * ramp / n, torch.where(ramp == n, 1.0, 1e-4),
+               ramp / n, torch.where(ramp == 1, 1.0, 0.0), ramp / n - 0.5)  # fmt: skip
+    A = torch.stack([(Q * values) @ Q.mT for values in spectra])
+    A[3, ::3], A[3, :, ::3] = 0, 0
+    return (A + A.mT) / 2
+
+
+def check_bound() -> None:
+    """Strict at every scale, as the reference to the last place; NaN, Inf and zero blocks."""
+    for n in SIZES["bounds"]:
+        exact = bounded(n)
+        for scale in (1e-30, 1.0, 1e30):
+            A = (exact * scale).float()
+            bound = eigenvalue_bound(A + poisoned(n, n).triu(1))
+            largest = torch.linalg.eigvalsh(A.double())[:, -1]
+            slack = 1e-14 * n * A.double().norm(dim=(1, 2))  # of float64's eigvalsh
+            assert (bound.double() >= largest - slack).all(), (n, scale)
+            with use_backend("reference"):
+                expected = eigenvalue_bound(A)
+            torch.testing.assert_close(bound, expected, rtol=2.0**-22, atol=0)
+            assert torch.equal(eigenvalue_bound(A[2:3]), bound[2:3])
+        A[0, n - 1, 0], A[1, n // 2, n // 2], A[2] = math.nan, math.inf, 0
+        found = eigenvalue_bound(A)
+        assert found[0].isnan(), n
+        assert found[1] == math.inf, n
+        assert found[2] == 0, n
+        assert torch.equal(found[3:], bound[3:]), n
+
+
+def check_power_iteration() -> None:
+    """From below, close, alone: as the laws of tests/test_power_iteration.py."""
+    for n in SIZES["roots"]:
+        A = torch.cat([spectrum(n, 1e2, 1), spectrum(n, 1e6, 1), poisoned(1, n, n)])
+        estimate = power_iteration(A)
+        truth = torch.linalg.eigvalsh(A[:2].double()).abs().amax(-1)
+        assert (estimate[:2].double() <= truth * (1 + 4 * 2.0**-23 * n**0.5)).all(), n
+        assert (estimate[:2].double() >= 0.97 * truth).all(), n
+        assert estimate[2].isnan(), n
+        assert torch.equal(power_iteration(A[:1], 10, 1), power_iteration(A, 10, 1)[:1]), n
+        assert (power_iteration(1e30 * A[:2]) / 1e30 - estimate[:2]).abs().max() < 1e-4, n
 
 
 def check_power_step_and_precondition() -> None:
@@ -212,6 +282,34 @@ def check_power_step_and_precondition() -> None:
         assert torch.equal(precondition(grad, *factors)[1], norm)
 
 
+def capture(function: Callable[[], list[torch.Tensor]], stream: torch.cuda.Stream) -> tuple:
+    """(graph, what the function returned while it was captured)."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        return graph, function()
+
+
+def check_own_graphs() -> None:
+    """SHAMPOO_KERNELS_GRAPHS=1: the bits of a refresh without graphs, for numbers that change."""
+    previous = os.environ.pop("SHAMPOO_KERNELS_GRAPHS", None)
+    try:
+        for method, precision in (("newton", "highest"), ("product", "high")):
+            for seed in range(3):
+                A = spectrum(64, 10.0 ** (seed + 1))
+                options = {"ridge": 1e-3, "method": method, "precision": precision,
+                           "previous": spectrum(64, 2.0)}  # fmt: skip
+                os.environ["SHAMPOO_KERNELS_GRAPHS"] = "0"
+                expected = inverse_root(A, 2, **options)
+                os.environ["SHAMPOO_KERNELS_GRAPHS"] = "1"
+                result = inverse_root(A, 2, **options)
+                assert all(torch.equal(x, y) for x, y in zip(result, expected, strict=True))
+                assert BACKEND != "triton" or graphs.cache.graphs
+    finally:
+        os.environ.pop("SHAMPOO_KERNELS_GRAPHS")
+        if previous is not None:
+            os.environ["SHAMPOO_KERNELS_GRAPHS"] = previous
+
+
 def check_no_synchronisation_and_graphs() -> None:
     """Every op runs under torch's synchronisation check, is captured, and replays the same bits."""
     A, grad = spectrum(96, 1e3), draw(2, 96, 64, dtype=BFLOAT16)
@@ -221,7 +319,8 @@ def check_no_synchronisation_and_graphs() -> None:
         gram_ema_(stat, grad, 0.0, 1.0, side="left")
         newton = inverse_root(A, 2, method="newton", previous=previous)
         other = inverse_root(A, 4, ridge=1e-3, method="product", precision="high")
-        return [stat, *newton, *other, *precondition(grad, newton.root, None)]
+        bounds = eigenvalue_bound(A), power_iteration(A, 3)
+        return [stat, *newton, *other, *precondition(grad, newton.root, None), *bounds]
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -233,9 +332,7 @@ def check_no_synchronisation_and_graphs() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = everything()
+    graph, captured = capture(everything, stream)
     for x in captured:
         x.zero_()
     graph.replay()
@@ -256,8 +353,10 @@ def check_torch_library() -> None:
         options = {"method": "newton"}
         torch.library.opcheck(ops.inverse_root.default, (spectrum(8, 10.0), 2.0), options)
         torch.library.opcheck(ops.precondition.default, (grad, spectrum(8, 10.0), None))
+        torch.library.opcheck(ops.eigenvalue_bound.default, (spectrum(8, 10.0),))
+        torch.library.opcheck(ops.power_iteration.default, (spectrum(8, 10.0), 2, 4))
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend=COMPILER)
     def step(stat: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         gram_ema_(stat, grad, 0.5, 1.0, side="left")
         root = inverse_root(stat, 2, method="newton").root
@@ -270,7 +369,8 @@ def check_torch_library() -> None:
 
 def check_workspace() -> None:
     """A refresh of a large stack needs at most four stacks beside its result."""
-    A = spectrum(512, 1e3, blocks=1).repeat(160, 1, 1)
+    n, blocks = SIZES["workspace"]
+    A = spectrum(n, 1e3, blocks=1).repeat(blocks, 1, 1)
     for method, precision in (("newton", "highest"), ("product", "high")):
         inverse_root(A[:1], 2, ridge=1e-3, method=method, precision=precision)
         torch.cuda.synchronize()
@@ -284,6 +384,9 @@ def check_workspace() -> None:
 
 SMALL: dict[str, Callable[[], None]] = {
     "gram": check_gram,
+    "bound": check_bound,
+    "power iteration": check_power_iteration,
+    "tiny and huge": check_tiny_and_huge,
     "power step, precondition": check_power_step_and_precondition,
     **{
         f"root {method} p={p} {word}": functools.partial(check_root, method, p, word)
@@ -293,6 +396,7 @@ SMALL: dict[str, Callable[[], None]] = {
 LARGE: dict[str, Callable[[], None]] = {
     "race": check_race,
     "64-bit offsets": check_wide_offsets,
+    "own graphs": check_own_graphs,
     "no synchronisation, graphs": check_no_synchronisation_and_graphs,
     "torch.library": check_torch_library,
     "workspace": check_workspace,
@@ -314,7 +418,7 @@ def checks(small: bool = False) -> dict[str, Callable[[], None]]:
 
 
 def run(function: Callable[[], None]) -> None:
-    with use_backend("triton"):
+    with use_backend(BACKEND):
         function()
         torch.cuda.synchronize()
 

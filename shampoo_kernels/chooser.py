@@ -57,6 +57,8 @@ TABLE = (
     Row("power_iteration", "cuda", "native", MASTERS, "to n = 1024 in one launch", False),
     Row("orthogonal_iteration", "cuda", "native", MASTERS, "to n = 128 in one launch", False),
     Row("pack", "cuda", "native", (torch.float32,), "all pieces in one launch", False),
+    Row("eigenvalue_bound", "cuda", "triton", (torch.float32,), "one launch a stack", False),
+    Row("power_iteration", "cuda", "triton", (torch.float32,), "up to 32 vectors at once", False),
 )
 OPS = (
     "gram_ema_",

@@ -110,6 +110,7 @@ def row(target: str, index: int, mode: str, turned: bool) -> dict:
         "newton": {"C": other, "symmetric": True, "measure": "distance"},
         "product": {"C": D, "D16": other.half()},
         "precondition": {"measure": "squares"},
+        "power_iteration": {},
     }[chosen.op]
     try:
         prepared = launch.prepare(A, A.mT, D, op=chosen.op, precision=mode, **options)
@@ -122,7 +123,15 @@ def row(target: str, index: int, mode: str, turned: bool) -> dict:
 def flow(target: str, op: str, n: int, *arguments) -> list[dict]:
     """Every different kernel that a whole op launches on (2, n, n) tensors: nothing is run, each is
     compiled from the very arguments of its launch."""
-    from shampoo_kernels.kernels import gram_ema, inverse_root, precondition, product, table
+    from shampoo_kernels.kernels import (
+        eigenvalue_bound,
+        gram_ema,
+        inverse_root,
+        power_iteration,
+        precondition,
+        product,
+        table,
+    )
     from shampoo_kernels.ops import roots
 
     found = {}
@@ -135,11 +144,12 @@ def flow(target: str, op: str, n: int, *arguments) -> list[dict]:
             found[key] |= {"descriptors": launch.meta.get("DESCRIPTORS"), "multiplies": multiplies}
 
     table.target = lambda device: target
-    product.run = gram_ema.run = record
+    for module in (eigenvalue_bound, gram_ema, power_iteration, product):
+        module.run = record
     G, S = torch.zeros(2, n, n, dtype=torch.bfloat16), torch.zeros(2, n, n)
     if op == "gram_ema_":
         weighted, splits = arguments
-        gram_ema.k_splits = lambda *_: splits
+        table.splits = lambda *_: splits
         weight = S.clone() if weighted else None
         gram_ema.accumulate_(S, G[:, None].mT, weight, torch.zeros(2), 0.5, "highest")
     elif op == "inverse_root":
@@ -147,6 +157,12 @@ def flow(target: str, op: str, n: int, *arguments) -> list[dict]:
         one, steps = torch.ones(2), roots.schedule(method, 1e-3, p, torch.float32)
         arithmetic = inverse_root.arithmetic(method, n, p, 1e-3, precision)
         inverse_root.iterate(method, S, one, one > 0, 1e-3, p, steps, arithmetic)
+    elif op == "eigenvalue_bound":
+        for size in arguments:
+            eigenvalue_bound.eigenvalue_bound(torch.zeros(2, size, size))
+    elif op == "power_iteration":
+        for vectors in arguments:
+            power_iteration.power_iteration(S, 2, vectors)
     else:
         precondition.precondition_(torch.empty_like(S), G, S, S, *arguments)
     return list(found.values())

@@ -9,6 +9,8 @@ INTERPRETED = (
     "test_triton_inverse_root.py",
     "test_product.py",
     "test_triton_gram_ema.py",
+    "test_triton_eigenvalue_bound.py",
+    "test_triton_power_iteration.py",
     "test_triton_precondition.py",
     "test_tiles.py",
 )

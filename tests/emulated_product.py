@@ -7,8 +7,8 @@ from shampoo_kernels.kernels import table
 
 
 def product(
-    A, B, D, *, op, a=0.0, b=0.0, c=1.0, C=None, D16=None, scale16=1.0, symmetric=False,
-    measure=None, precision="highest",
+    A, B, D, *, op, a=0.0, b=0.0, c=1.0, C=None, D16=None, scale16=1.0, lift=None,
+    symmetric=False, measure=None, precision="highest",
 ):  # fmt: skip
     out = torch.zeros(D.shape, dtype=torch.float32)
     if A is not None:
@@ -16,7 +16,8 @@ def product(
         A, B = (x.to(dtype or x.dtype).float() for x in (A, B))
         out = _times(c, A @ B, D.ndim)
     if C is not None:
-        out = out + _times(b, C.float(), D.ndim)
+        C = C.float() if lift is None else _times(lift, C.float(), D.ndim)
+        out = out + _times(b, C, D.ndim)
     eye = torch.eye(D.shape[-2], D.shape[-1])
     out = out + _times(a, eye.expand(D.shape), D.ndim)
     if symmetric:

@@ -22,7 +22,7 @@ from shampoo_kernels.kernels import table
 def form(request, monkeypatch):
     """Both forms of the kernels, on tiles of 32 x 32 so that few elements make many tiles."""
 
-    def select(target, op, mode, n, descriptors):
+    def select(target, op, mode, n, k, descriptors):
         form = "descriptor" if descriptors and request.param == "descriptor" else "pointer"
         return table.Row(target, op, (mode,), n, form, 32, 32, 4, 2)
 

@@ -93,7 +93,8 @@ def test_triton_serves_where_it_is_asked_for(monkeypatch):
     monkeypatch.setattr(kernels, "why_not", lambda: None)
     rows = [row for row in chooser.TABLE if row.backend == "triton"]
     assert {row.op for row in rows} == {
-        "gram_ema_", "kronecker_power_step", "inverse_root", "precondition",
+        "gram_ema_", "kronecker_power_step", "inverse_root", "precondition", "eigenvalue_bound",
+        "power_iteration",
     }  # fmt: skip
     for row in rows:
         assert chooser.choose(row.op, "cuda", torch.float32) == "reference"

@@ -7,7 +7,7 @@ import torch
 from interpreted import form  # noqa: F401
 
 from shampoo_kernels import kronecker_power_step, ops  # noqa: F401
-from shampoo_kernels.kernels import gram_ema as kernels
+from shampoo_kernels.kernels import table
 from shampoo_kernels.ops import gram_ema
 from shampoo_kernels.ops import kronecker_power_step as power_step
 
@@ -54,7 +54,7 @@ def test_strides(side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_split_over_k(monkeypatch, splits, side, weighted):
-    monkeypatch.setattr(kernels, "k_splits", lambda batch, m, k: splits)
+    monkeypatch.setattr(table, "splits", lambda *_: splits)
     m, n = (70, 96) if side == "left" else (96, 70)
     grad, old = laws.draw(2, m, n), laws.symmetric(2, 70, 70, seed=1)
     weight = laws.symmetric(2, 96, 96, seed=2) if weighted else None
@@ -68,20 +68,6 @@ def test_split_over_k(monkeypatch, splits, side, weighted):
     again = stat.clone()
     gram_ema.gram_ema_(again, grad, 0.5, 0.0, side=side, weight=weight)
     assert torch.equal(again, 0.5 * stat)
-
-
-def test_when_k_is_split():
-    """Few tiles and a long sum, never a remainder, never more programs than processors."""
-    assert kernels.k_splits(1, 64, 8192) == 8
-    assert kernels.k_splits(1, 512, 8192) == 2
-    assert kernels.k_splits(1, 1024, 8192) == 1
-    assert kernels.k_splits(64, 64, 8192) == 2
-    assert kernels.k_splits(1, 64, 1024) == 1
-    assert kernels.k_splits(1, 64, 8191) == 1
-    assert kernels.k_splits(0, 64, 8192) == 1
-    for k in range(64, 20000, 64):
-        splits = kernels.k_splits(1, 64, k)
-        assert k % (64 * splits) == 0 or splits == 1
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -2,7 +2,6 @@
 GPU does, under the laws of test_inverse_root.py; and in the interpreter, which must agree."""
 
 import functools
-import gc
 
 import emulated_product
 import interpreted  # noqa: F401  (before triton: it chooses the interpreter)
@@ -10,11 +9,15 @@ import matrices
 import pytest
 import test_inverse_root as laws
 import torch
+from alive import Alive, NoWaiting
 from interpreted import form  # noqa: F401
+from test_graphs import FakeDevice
 
 from shampoo_kernels import RootStatus, inverse_root
+from shampoo_kernels.kernels import eigenvalue_bound as bound_kernels
+from shampoo_kernels.kernels import graphs, product
 from shampoo_kernels.kernels import inverse_root as kernels
-from shampoo_kernels.kernels import product
+from shampoo_kernels.ops import eigenvalue_bound as bound_op
 from shampoo_kernels.ops import inverse_root as op
 from shampoo_kernels.ops import roots
 
@@ -145,31 +148,65 @@ def test_chunks_do_not_change_a_bit(monkeypatch):
     assert kernels.chunks(0, 4) == []
 
 
-@pytest.mark.parametrize(("method", "p", "most"), [
-    ("newton", 1, 4), ("newton", 2, 4), ("newton", 4, 4), ("newton", 3, 5),
-    ("product", 2, 6.5), ("product", 4, 6.5),
-])  # fmt: skip
-def test_workspace(monkeypatch, method, p, most):
-    """Stacks that are alive at the same time while the iteration runs, as the docstrings say."""
-    n, peak = 24, [0.0]
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("previous", [False, True])
+@pytest.mark.parametrize(("method", "p"), CASES)
+def test_workspace(monkeypatch, method, p, previous, precision, batch):
+    """At most four stacks beside the result, from the op's first tensor to its last, five for
+    newton with a p that is no power of two; a block more for what belongs to all of a stack."""
+    n = 48
+    A = matrices.condition(n, 1e3).float().repeat(batch, 1, 1)
+    bound = torch.ones(batch)
+    monkeypatch.setattr(roots, "_bound", lambda A: (bound[: len(A)], bound[: len(A)] > 0, bound))
+    arithmetic = [kernels.arithmetic(method, n, p, 1e-3, precision)]
 
-    def alive():
-        tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-        return sum(size for size in storages.values() if size >= 2 * n * n) / (4 * n * n)
+    def uncounted(*arguments, **options):
+        with torch.utils._python_dispatch._disable_current_modes():
+            return emulated_product.product(*arguments, **options)
 
-    def counted(*arguments, **options):
-        out = emulated_product.product(*arguments, **options)
-        peak[0] = max(peak[0], alive())
-        return out
+    monkeypatch.setattr(kernels, "multiply", uncounted)
+    old = torch.eye(n).repeat(batch, 1, 1) if previous else None
+    results = torch.empty_like(A), torch.empty(batch), torch.empty(batch, dtype=torch.int8)
+    with Alive() as alive:
+        roots.compute(method, "triton", A, p, 1e-3, 1e-3, None, old, *results, precision)
+    assert (results[2] == RootStatus.CONVERGED).all(), arithmetic
+    most = 5 if (method, p) == ("newton", 3) else 4
+    small = 64 * batch * 8  # vectors of a few numbers per block
+    assert 3 * A.nbytes < alive.peak <= most * A.nbytes + small, alive.peak / A.nbytes
 
-    A, one = matrices.condition(n, 1e3).float()[None], torch.ones(1)
-    monkeypatch.setattr(kernels, "multiply", counted)
-    steps = roots.schedule(method, 1e-3, p, torch.float32)
-    arithmetic = kernels.arithmetic(method, 64, p, 1e-3, "high")
-    before = alive()
-    kernels.iterate(method, A, one, one > 0, 1e-3, p, steps, arithmetic)
-    assert peak[0] - before <= most
+
+def test_what_the_workspace_test_counts():
+    """Bytes alive at the same time, of new storages alone: views and old tensors count nothing."""
+    old = torch.zeros(100)
+    with Alive() as alive:
+        x = old + 1
+        y = x[:50].view(5, 10)
+        del x
+        assert alive.now == 400
+        del y
+        assert alive.now == 0
+        (old + 1) * 2
+    assert alive.peak == 800
+
+
+@pytest.mark.parametrize("method", ["newton", "product"])
+@pytest.mark.parametrize("p", [2, 4])
+@pytest.mark.parametrize("exponent", [-146, -135, -126, -60, 60, 120, 127])
+def test_every_scale(method, p, exponent):
+    """Powers of two change nothing but the power of the root, down to bounds whose inverse is no
+    float32. Near 2^-149 a bound has few bits and rounds up by as much as its last: the ridge is a
+    multiple of what it then is, in the truth as well."""
+    A = torch.eye(8) + torch.eye(8).roll(1, 0) + torch.eye(8).roll(1, 0).T
+    A = A @ A / 8  # multiples of 1/8, a bound below 2
+    scaled = (A.double() * 2.0**exponent).float()
+    assert torch.equal(scaled.double(), A.double() * 2.0**exponent)
+    result, one = (inverse_root(x, p, ridge=1e-3, method=method) for x in (scaled, A))
+    assert result.status == RootStatus.CONVERGED
+    expected = one.root.double() * 2.0 ** (-exponent / p)
+    if exponent >= -120:
+        assert laws.relative(result.root, expected) < 1e-5
+    assert laws.relative(result.root, laws.truth(scaled, p, 1e-3)[0]) < 1e-4
 
 
 def test_float16_never_overflows(monkeypatch):
@@ -179,3 +216,56 @@ def test_float16_never_overflows(monkeypatch):
     result = inverse_root(A, 2, ridge=0.0, design_floor=1e-12, method="product", precision="high")
     assert result.status == RootStatus.CONVERGED
     assert laws.relative(result.root, laws.truth(A, 2, 0.0)[0]) < 0.05
+
+
+@pytest.mark.parametrize("method", ["newton", "product"])
+def test_a_refresh_by_a_graph(monkeypatch, method):
+    """The same bits as without one, for new numbers and with `previous`, NaN blocks and all."""
+    monkeypatch.setattr(graphs, "cache", graphs.Cache(FakeDevice()))
+    A = torch.stack([matrices.condition(20, 10.0**k) for k in (1, 2, 3)]).float()
+    bad, old = A.clone(), torch.eye(20).repeat(3, 1, 1)
+    bad[1, 3, 3] = torch.nan
+    for x, previous in ((A, None), (bad, None), (2 * A, None), (bad, old), (A, old)):
+        options = {"ridge": 1e-3, "method": method, "previous": previous}
+        monkeypatch.delenv("SHAMPOO_KERNELS_GRAPHS", raising=False)
+        expected = inverse_root(x, 2, **options)
+        monkeypatch.setenv("SHAMPOO_KERNELS_GRAPHS", "1")
+        result = inverse_root(x, 2, **options)
+        assert all(torch.equal(y, z) for y, z in zip(result, expected, strict=True))
+    assert (graphs.cache.device.captures, graphs.cache.device.replays) == (2, 5)
+    inverse_root(A, 2, ridge=1e-4, method=method)
+    inverse_root(A, 4, ridge=1e-3, method=method)
+    assert graphs.cache.device.captures == 4
+
+
+def test_the_bound_is_of_the_same_backend(monkeypatch):
+    """Where the roots are Triton's, one launch of its bound serves the whole stack."""
+    launches, launch = [], bound_kernels.run
+    monkeypatch.setattr(bound_op, "choose", lambda *_: "triton")
+    monkeypatch.setattr(
+        bound_kernels, "run", lambda kernel, *rest: launches.append(kernel) or launch(kernel, *rest)
+    )
+    A = torch.stack([matrices.condition(20, 10.0**k) for k in (1, 2, 3)]).float()
+    result = inverse_root(A, 2, ridge=1e-3, method="newton")
+    assert launches == [bound_kernels.bound_kernel]
+    assert (laws.relative(result.root, laws.truth(A, 2, 1e-3)[0]) < 1e-4).all()
+
+
+@pytest.mark.parametrize("previous", [False, True])
+@pytest.mark.parametrize("method", ["newton", "product"])
+def test_nothing_waits_for_the_device(monkeypatch, method, previous):
+    """The host asks for no number: what a GPU would have to finish for is never called."""
+
+    def unwatched(*arguments, **options):
+        with torch.utils._python_dispatch._disable_current_modes():
+            return emulated_product.product(*arguments, **options)
+
+    monkeypatch.setattr(kernels, "multiply", unwatched)
+    A = matrices.condition(20, 1e2).float().repeat(2, 1, 1)
+    results = torch.empty_like(A), torch.empty(2), torch.empty(2, dtype=torch.int8)
+    old = A.clone() if previous else None
+    with NoWaiting():
+        roots.compute(method, "triton", A, 2, 1e-3, 1e-3, None, old, *results, "high")
+    assert (results[2] == RootStatus.CONVERGED).all()
+    with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
+        results[1].sum().item()

@@ -5,14 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shampoo_kernels.kernels import table
 from shampoo_kernels.kernels.launch import Launch, factor_stride, run
 from shampoo_kernels.kernels.product import _factor, _load, _store, product
 from shampoo_kernels.kernels.tiles import triangle
 
-# Fewer programs than this leave an H100's 132 processors idle; each shall keep so many steps of k.
-# Not measured yet.
-_PROGRAMS, _LEAST_K, _MOST_SPLITS = 132, 1024, 8
-_BLOCK = 64
+_BLOCK = 64  # of the kernel that adds up the parts of a split sum
 
 
 def accumulate_(
@@ -34,7 +32,10 @@ def accumulate_(
                 precision=precision)  # fmt: skip
         left = left.flatten(2)
     right = G.mT
-    splits = k_splits(stat.shape[0], stat.shape[1], G.shape[-1])
+    batch, m, k = *stat.shape[:2], G.shape[-1]
+    target = table.target(stat.device)
+    mode = table.mode(left.dtype, right.dtype, precision, target)
+    splits = table.splits(table.select(target, "gram_ema_", mode, m, k, True), batch, m, k)
     if splits == 1:
         product(left, right, stat, op="gram_ema_", b=beta, c=alpha, C=stat, symmetric=True,
                 precision=precision)  # fmt: skip
@@ -44,21 +45,6 @@ def accumulate_(
     right = right.unflatten(-2, (splits, -1)).transpose(0, 1)
     product(left, right, parts, op="gram_ema_", symmetric=True, precision=precision)
     combine_(stat, parts, beta, alpha)
-
-
-def k_splits(batch: int, m: int, k: int) -> int:
-    """Into how many parts the sum over k is cut where there are too few tiles: a function of the
-    shape alone, so that the same call gives the same bits in every run."""
-    rows, splits = -(-m // _BLOCK), 1
-    programs = batch * rows * (rows + 1) // 2
-    while (
-        splits < _MOST_SPLITS
-        and 0 < 2 * splits * programs <= _PROGRAMS
-        and k % (2 * splits * _BLOCK) == 0
-        and k // (2 * splits) >= _LEAST_K
-    ):
-        splits *= 2
-    return splits
 
 
 def combine_(stat: Tensor, parts: Tensor, beta: float | Tensor, alpha: float | Tensor) -> None:

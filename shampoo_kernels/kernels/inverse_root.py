@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo_kernels.kernels.launch import divided
 from shampoo_kernels.kernels.product import product as multiply
 
 Coefficients = Sequence[tuple[float, ...]]
@@ -43,20 +44,22 @@ def arithmetic(method: str, n: int, p: int, floor: float, precision: str) -> str
 
 
 def iterate(
-    method: str, A: Tensor, divisor: Tensor, usable: Tensor, shift: float, p: int,
+    method: str, A: Tensor, scale: Tensor, usable: Tensor, ridge: float, p: int,
     coefficients: Coefficients, arithmetic: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """ "newton" or "product" on A / divisor + shift*I, or on I where a block is not `usable`.
+    """ "newton" or "product" on (A / scale + ridge*I) / (1 + ridge), or on I where a block is not
+    `usable`.
 
     Only the lower triangle of A is read, and nothing of blocks that are not usable.
     """
     if A.numel() == 0:
         return A.clone(), A.new_zeros(A.shape[0])
     stacks = [torch.empty(A.shape, dtype=A.dtype, device=A.device)]
-    a = torch.where(usable, shift, 1.0).to(A.dtype)
-    b = torch.where(usable, 1 / divisor, 0.0)
-    measured = multiply(None, None, stacks[0], op="newton", a=a, b=b, c=0.0, C=A, symmetric=True,
-                        measure="distance")  # fmt: skip
+    a = torch.where(usable, ridge / (1 + ridge), 1.0).to(A.dtype)
+    lift, inverse = divided(scale)
+    b = torch.where(usable, inverse / (1 + ridge), 0.0)
+    measured = multiply(None, None, stacks[0], op="newton", a=a, b=b, c=0.0, C=A, lift=lift,
+                        symmetric=True, measure="distance")  # fmt: skip
     assert measured is not None
     form = newton if method == "newton" else product
     return form(stacks, p, coefficients, measured, arithmetic)
@@ -107,8 +110,7 @@ def product(
         p = 2: Y <- a Y + Y W;     p = 4: Y <- a² Y + Y (2 a W + W²)     from X = I, Y = A.
 
     X and Y are kept in float32, operands are `dtype`. Nothing is symmetrised before the end.
-    p = 1 is the square of p = 2 and of its schedule. Up to five and a half stacks are alive, six
-    and a half with float32 operands.
+    p = 1 is the square of p = 2 and of its schedule. At most four stacks are alive.
     """
     if p == 1:
         X, distance = product(stacks, 2, coefficients, measured, dtype)
@@ -121,91 +123,101 @@ def product(
         pair.advance(a, last=step == len(coefficients))
     X = pair.root
     del pair
-    return (X + X.mT) / 2, measured.amax(1)
+    return (X + X.mT).div_(2), measured.amax(1)
 
 
 class _Pair:
     """X and Y of the product form, after its first step.
 
-    Operands lie in one buffer: Y, Y', W, (T,) X, X', so that [Y, W] @ [T, X] is one launch over two
-    stacks, written to the other copy; T is W for p = 2. In 16 bits X and Y are multiplied by a
-    power of two, `scale`, and float32 masters stand beside them. For p = 4, Y is kept divided by
-    the product of all a, `shrunk`: then one b = a serves both halves of the launch.
+    Operands take turns in four buffers: `free` are those whose last reader has been launched. In 16
+    bits the four are two stacks, and beside them stand float32 masters of X and Y, that of Y in A's
+    place, which are updated in place; X and Y are multiplied by a power of two, `scale`, there. In
+    float32 A's place is the fourth buffer, and an operand is its own master.
     """
 
     def __init__(
         self, A: Tensor, p: int, a: float, b: float, c: float = 0.0, *, dtype: torch.dtype
     ):
-        self.p, self.base, self.now, self.ceiling, self.shrunk = p, 3 if p == 2 else 4, 1, a, 1.0
-        self.slots = torch.empty(self.base + 2, *A.shape, dtype=dtype, device=A.device)
+        self.p, self.ceiling, self.dtype = p, a, dtype
         self.wide = dtype == torch.float32
-        self.masters = self._both(1) if self.wide else A.new_empty(2, *A.shape)
-        self.scale = self._scale()
-        operand = A if self.wide else self.slots[0]
+        new = [torch.empty(A.shape, dtype=dtype, device=A.device) for _ in range(4 - self.wide)]
+        self.free, self.scale = new, self._scale()
+        operand = A
         if not self.wide:
+            operand = self.free.pop()
             _product(None, None, operand, b=1.0, c=0.0, C=A)
-        Y, X = self.masters
-        narrow = (None, None) if self.wide else self._both(1)
-        _product(operand, operand, X, a=a, b=b, c=c, C=A, D16=narrow[1], scale16=self.scale)
-        _product(None, None, self.slots[2], a=-a, b=1.0, c=0.0, C=X)
-        self._double(a)
-        _product(operand, self.slots[self.base - 1], Y, b=a, C=A, D16=narrow[0],
-                 scale16=self.scale)  # fmt: skip
+        self.X = self.free.pop()
+        self.masters = None if self.wide else [torch.empty_like(A), A]
+        X = self.X if self.masters is None else self.masters[0]
+        narrow = {} if self.wide else {"D16": self.X, "scale16": self.scale}
+        _product(operand, operand, X, a=a, b=b, c=c, C=A, **narrow)
+        self.W = self.free.pop()
+        _product(None, None, self.W, a=-a, b=1.0, c=0.0, C=X)
+        T = self._double(a)
+        self.Y = self.free.pop()
+        Y = self.Y if self.masters is None else self.masters[1]
+        narrow = {} if self.wide else {"D16": self.Y, "scale16": self.scale}
+        _product(operand, T, Y, b=a ** (p // 2), C=A, **narrow)
+        self.free += [T, operand]
 
     @property
     def root(self) -> Tensor:
-        return self.slots[self.base + self.now] if self.wide else self.masters[1]
+        return self.X if self.masters is None else self.masters[0]
 
     def polynomial(self, b: float, c: float = 0.0) -> Tensor:
-        """W <- b P + c P², P in the slot of the Y to come; returns the measured max |P - I|."""
-        X, Y = self.slots[self.base + self.now], self.slots[self.now]
-        P, W, undo = self.slots[1 - self.now], self.slots[2], self.scale**-2
+        """W <- b P + c P²; returns the measured max |P - I|."""
+        P, undo = self.free.pop(), self.scale**-2
         if self.p == 2:
-            measured = _product(X, Y, P, c=undo, measure="distance")
+            measured = _product(self.X, self.Y, P, c=undo, measure="distance")
         else:
-            T = self.slots[3]
-            _product(X, Y, T, c=undo / self.shrunk)
-            measured = _product(X, T, P, c=1 / self.scale, measure="distance")
-        _product(P, P, W, b=b, c=c, C=P)
+            T, P = P, self.free.pop()
+            _product(self.X, self.Y, T, c=undo)
+            measured = _product(self.X, T, P, c=1 / self.scale, measure="distance")
+            self.free.append(T)
+        self.W = self.free.pop()
+        _product(P, P, self.W, b=b, c=c, C=P)
+        self.free.append(P)
         assert measured is not None
         return measured
 
     def advance(self, a: float, last: bool) -> None:
         """X <- a X + W X and, if there is a step to come, Y."""
         undo = 1 / self.scale
-        if last:
-            X = self.slots[self.base + self.now]
-            old, self.now = self.root, 1 - self.now
-            _product(self.slots[2], X, self.root, b=a, c=undo, C=old)
-            return
-        self._double(a)
         self.ceiling *= a
-        self.scale = self._scale()
-        left = self.slots[self.now : 3 : 2 - self.now]
-        right = self.slots[self.base - 1 : self.base + self.now + 1 : self.now + 1]
-        old, self.now = self._both(self.now), 1 - self.now
-        new = self._both(self.now)
-        if self.wide:
-            _product(left, right, new, b=a, c=undo, C=old)
+        if not last:
+            self.scale = self._scale()
+        X, self.X = self.X, self.free.pop()
+        self._update(0, self.W, X, X, self.X, a, undo)
+        self.free.append(X)
+        if last:
+            return
+        T = self._double(a)
+        Y, self.Y = self.Y, self.free.pop()
+        self._update(1, Y, T, Y, self.Y, a ** (self.p // 2), undo)
+        self.free += [T, Y]
+
+    def _update(
+        self, index: int, A: Tensor, B: Tensor, old: Tensor, new: Tensor, b: float, c: float
+    ) -> None:
+        if self.masters is None:
+            _product(A, B, new, b=b, c=c, C=old)
         else:
-            _product(left, right, self.masters, b=a, c=undo, C=self.masters, D16=new,
-                     scale16=self.scale)  # fmt: skip
+            master = self.masters[index]
+            _product(A, B, master, b=b, c=c, C=master, D16=new, scale16=self.scale)
 
-    def _double(self, a: float) -> None:
-        """T <- (2 a W + W²) / a for p = 4, where Y shrinks by a."""
-        if self.p == 4:
-            self.shrunk /= a
-            W, T = self.slots[2:4]
-            _product(W, W, T, b=2.0, c=1 / a, C=W)
-
-    def _both(self, index: int) -> Tensor:
-        """[Y, X] number `index` of the buffer."""
-        return self.slots[index : self.base + index + 1 : self.base]
+    def _double(self, a: float) -> Tensor:
+        """What Y is multiplied by: W for p = 2, for p = 4 also T = 2 a W + W², and W is free."""
+        if self.p == 2:
+            return self.W
+        T = self.free.pop()
+        _product(self.W, self.W, T, b=2 * a, C=self.W)
+        self.free.append(self.W)
+        return T
 
     def _scale(self) -> float:
         """X reaches the product of all a, thousands for p = 2 at a floor of 1e-6: it is scaled down
         where float16 would overflow."""
-        if self.slots.dtype != torch.float16:
+        if self.dtype != torch.float16:
             return 1.0
         return 2.0 ** min(0, math.floor(math.log2(_FP16_CEILING / self.ceiling)))
 

@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 def prepare(
     A: Tensor | None, B: Tensor | None, D: Tensor, *, op: str, a: Factor, b: Factor, c: Factor,
     C: Tensor | None, D16: Tensor | None, scale16: float, symmetric: bool, measure: str | None,
-    precision: str,
+    precision: str, lift: Tensor | None = None,
 ) -> Launch | None:  # fmt: skip
     """The launch, or None where D is empty."""
     D, C, D16 = _stack(D), C if C is None else _stack(C), D16 if D16 is None else _stack(D16)
@@ -38,7 +38,7 @@ def prepare(
     mode = table.mode(A.dtype, B.dtype, precision, target)
     plans = [_Plan.of(x) for x in (A, B, C, D, D16)]
     descriptors = all(plan.aligned for plan in plans) and not any(p.turned for p in plans[2:])
-    row = table.select(target, op, mode, max(m, n), descriptors)
+    row = table.select(target, op, mode, max(m, n), A.shape[-1], descriptors)
     descriptors = row.form == "descriptor"
     operand, dot = table.MODES[mode]
     shapes = ((row.block, row.block_k), (row.block_k, row.block), *[(row.block, row.block)] * 3)
@@ -54,7 +54,7 @@ def prepare(
     strides = [None if plan.tensor is None else plan.tensor.stride() for plan in plans]
     arguments = (
         *tensors, measured, m, n, A.shape[-1], blocks, *strides,
-        *(x if isinstance(x, Tensor) else float(x) for x in (a, b, c)), scale16,
+        *(x if isinstance(x, Tensor) else float(x) for x in (a, b, c)), scale16, lift,
     )  # fmt: skip
     meta = {
         "a_stride": factor_stride(a), "b_stride": factor_stride(b), "c_stride": factor_stride(c),
@@ -66,6 +66,14 @@ def prepare(
         "num_warps": row.warps, "num_stages": row.stages,
     }  # fmt: skip
     return Launch((outer * blocks * tiles,), arguments, meta)
+
+
+def divided(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(lift, b) with b * lift = 1 / scale for scale (B,) > 0: where 1 / scale, or a multiple of
+    scale, is no float32, lift is a power of two, else 1."""
+    lift = torch.where(scale < 2.0**-100, 2.0**100, torch.where(scale > 2.0**100, 2.0**-100, 1.0))
+    lift = lift.to(torch.float32)
+    return lift, 1 / (scale * lift)
 
 
 def run(kernel, launch: Launch, on: Tensor) -> None:

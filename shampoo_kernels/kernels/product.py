@@ -21,7 +21,7 @@ def product_kernel(
     A, B, C, D, D16, measured,  # descriptors, or pointers: (outer, blocks, rows, columns)
     m, n, k, blocks,
     A_strides, B_strides, C_strides, D_strides, D16_strides,
-    a, b, c, scale16,  # floats, or pointers to one element or one per block
+    a, b, c, scale16, lift,  # floats, or pointers to one element or one per block
     a_stride: tl.constexpr, b_stride: tl.constexpr, c_stride: tl.constexpr,
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr,
     SYMMETRIC: tl.constexpr, MEASURE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -56,7 +56,10 @@ def product_kernel(
         if b != 0:
             old = _load(C, outer, block, row, column, m, n, C_strides,
                         BLOCK_M, BLOCK_N, False, DESCRIPTORS)  # fmt: skip
-            out += b * old.to(tl.float32)
+            old = old.to(tl.float32)
+            if lift is not None:
+                old *= tl.load(lift + block)
+            out += b * old
     rows, columns = row + tl.arange(0, BLOCK_M)[:, None], column + tl.arange(0, BLOCK_N)[None, :]
     out += tl.where(rows == columns, a, 0.0)
     if SYMMETRIC:
@@ -159,6 +162,7 @@ def product(
     C: Tensor | None = None,
     D16: Tensor | None = None,
     scale16: float = 1.0,
+    lift: Tensor | None = None,
     symmetric: bool = False,
     measure: str | None = None,
     precision: str = "highest",
@@ -173,6 +177,8 @@ def product(
         a, b, c: floats, or tensors of one element or of B, one per block, on the device. b = 0 does
             not read C, c = 0 reads neither A nor B.
         C: (.., m, n); may be D.
+        lift: (B,) float32 contiguous powers of two that C is multiplied by first, for blocks whose
+            b would be no float32.
         symmetric: A@B is symmetric. Half is computed and D is exactly symmetric; of C only the
             lower triangle is used.
         measure: "distance" for max |D - I|, "squares" for the sum of D's squares.
@@ -182,7 +188,7 @@ def product(
         With `measure`, one value per tile (O*B, tiles), for the caller to reduce: sums come out the
         same in every run, which atomics do not promise.
     """
-    launch = prepare(A, B, D, op=op, a=a, b=b, c=c, C=C, D16=D16, scale16=scale16,
+    launch = prepare(A, B, D, op=op, a=a, b=b, c=c, C=C, D16=D16, scale16=scale16, lift=lift,
                      symmetric=symmetric, measure=measure, precision=precision)  # fmt: skip
     if launch is None:
         return None if measure is None else D.new_zeros(D.shape[:-2].numel(), 0)

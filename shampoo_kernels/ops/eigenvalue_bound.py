@@ -100,8 +100,13 @@ def _check(A: Tensor) -> None:
 
 def _implementation(A: Tensor) -> Tensor:
     _check(A)
-    if choose(_OP, A.device.type, A.dtype) == "native":
+    backend = choose(_OP, A.device.type, A.dtype)
+    if backend == "native":
         return torch.ops.shampoo_kernels_native.eigenvalue_bound(A)
+    if backend == "triton":
+        from shampoo_kernels.kernels.eigenvalue_bound import eigenvalue_bound as bound_triton
+
+        return bound_triton(A)
     return bound_ref(A)
 
 

@@ -51,7 +51,7 @@ def power_iteration_ref(A: Tensor, steps: int, vectors: int) -> Tensor:
     finite = scale.isfinite()
     usable = finite & (scale > 0)
     A = torch.where(finite[:, None, None], A / torch.where(usable, scale, 1.0)[:, None, None], 0)
-    V = _orthonormal(_start(n, min(vectors, n), A).expand(batch, -1, -1))
+    V = _orthonormal(start(n, min(vectors, n), A).expand(batch, -1, -1))
     for _ in range(steps):
         W = A @ V
         V = _orthonormal(W)
@@ -66,7 +66,7 @@ def _orthonormal(V: Tensor) -> Tensor:
     return torch.linalg.qr(V).Q
 
 
-def _start(n: int, vectors: int, like: Tensor) -> Tensor:
+def start(n: int, vectors: int, like: Tensor) -> Tensor:
     """(n, vectors) numbers in (-1/2, 1/2): a hash of the index, in integers."""
     x = torch.arange(1, n * vectors + 1, device=like.device)
     for _ in range(2):
@@ -96,10 +96,15 @@ def _check(A: Tensor, steps: int, vectors: int) -> None:
 
 def _implementation(A: Tensor, steps: int, vectors: int) -> Tensor:
     _check(A, steps, vectors)
-    native = choose(_OP, A.device.type, A.dtype) == "native" and A.numel() > 0
+    backend = choose(_OP, A.device.type, A.dtype)
     one_thread_each = A.is_cpu and A.shape[-1] <= _MOST_N
-    if native and (one_thread_each or small.takes_power(A, vectors)):
+    if backend == "native" and A.numel() and (one_thread_each or small.takes_power(A, vectors)):
         return torch.ops.shampoo_kernels_native.power_iteration(A, steps, vectors)
+    if backend == "triton":
+        from shampoo_kernels.kernels import power_iteration as kernels
+
+        if min(vectors, A.shape[-1]) <= kernels.MOST_VECTORS:
+            return kernels.power_iteration(A, steps, vectors)
     return power_iteration_ref(A, steps, vectors)
 
 

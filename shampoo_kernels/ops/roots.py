@@ -84,14 +84,33 @@ def compute(
     elif method == "eigh":
         by_eigh(A, p, ridge, rank_rtol, previous, *results)
     elif backend == "triton":
-        from shampoo_kernels.kernels.inverse_root import chunks  # needs triton
+        from shampoo_kernels.kernels import graphs  # needs triton
 
-        for part in chunks(*A.shape[:2]):
-            kept = None if previous is None else previous[part]
-            outputs = (result[part] for result in results)
-            by_iteration(method, A[part], int(p), ridge, floor, kept, *outputs, precision=precision)
+        def refresh(inputs: list[Tensor], outputs: list[Tensor]) -> None:
+            _in_chunks(method, int(p), ridge, floor, precision, inputs, outputs)
+
+        inputs = [A] if previous is None else [A, previous]
+        if graphs.wanted(A):
+            name = (method, int(p), ridge, floor, precision)
+            graphs.cache.run(name, refresh, inputs, list(results))
+        else:
+            refresh(inputs, list(results))
     else:
         by_iteration(method, A, int(p), ridge, floor, previous, *results)
+
+
+def _in_chunks(
+    method: str, p: int, ridge: float, floor: float, precision: str,
+    inputs: list[Tensor], outputs: list[Tensor],
+) -> None:  # fmt: skip
+    """An iteration by the Triton kernels on [A] or [A, previous], in parts of bounded memory."""
+    from shampoo_kernels.kernels.inverse_root import chunks
+
+    A, *previous = inputs
+    for part in chunks(*A.shape[:2]):
+        kept = previous[0][part] if previous else None
+        results = [result[part] for result in outputs]
+        by_iteration(method, A[part], p, ridge, floor, kept, *results, precision=precision)
 
 
 @functools.lru_cache(maxsize=64)
@@ -119,16 +138,14 @@ def by_iteration(
     """
     bound, usable, scale = _bound(A)
     steps = schedule(method, floor, 2 if (method, p) == ("product", 1) else p, A.dtype)
-    shift = ridge / (1 + ridge)
     if precision is not None:
         from shampoo_kernels.kernels import inverse_root as kernels  # needs triton
 
         arithmetic = kernels.arithmetic(method, A.shape[-1], p, floor, precision)
-        divisor = scale * (1 + ridge)
-        X, distance = kernels.iterate(method, A, divisor, usable, shift, p, steps, arithmetic)
+        X, distance = kernels.iterate(method, A, scale, usable, ridge, p, steps, arithmetic)
     else:
         scaled = mirror_lower(A) / scale.view(-1, 1, 1) / (1 + ridge)
-        scaled.diagonal(dim1=-2, dim2=-1).add_(shift)
+        scaled.diagonal(dim1=-2, dim2=-1).add_(ridge / (1 + ridge))
         scaled = _replace(scaled, ~usable)
         iterate = iterations.newton if method == "newton" else iterations.product
         X, distance = iterate(scaled, p, steps)
@@ -251,10 +268,10 @@ def _finish(
     value = _power(bound, -1 / p)
     usable = (bound > 0) & bound.isfinite() & value.isfinite() & (value > 0)
     value = torch.where(usable, value, 1)
-    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    other, kept = value.view(-1, 1, 1) * eye, torch.zeros_like(good)
+    kept = torch.zeros_like(good) if previous is None else _finite(previous)
+    other = torch.zeros_like(X)
+    other.diagonal(dim1=-2, dim2=-1).copy_(value.view(-1, 1))
     if previous is not None:
-        kept = _finite(previous)
         other = torch.where(kept.view(-1, 1, 1), previous, other)
     root.copy_(torch.where(good.view(-1, 1, 1), X, other))
     residual.copy_(torch.where(finite, distance, torch.inf))

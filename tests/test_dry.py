@@ -1,0 +1,230 @@
+"""bench/gpu_checks.py and gpu_bench.py without a GPU: every line that can run on a CPU does, small,
+by the reference and the emulated product kernel, so that the first GPU meets no silly mistake."""
+
+import contextlib
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import emulated_product
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from shampoo_kernels.kernels import gram_ema, table
+from shampoo_kernels.kernels import product as product_module
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+SIZES = {"race": (70, 16, 3), "wide offsets": (128, 3), "roots": (33,), "bounds": (1, 33),
+         "workspace": (40, 4)}  # fmt: skip
+
+
+class Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self): ...
+    def synchronize(self): ...
+
+    def elapsed_time(self, end):
+        return 0.5
+
+
+class Stream:
+    def synchronize(self): ...
+    def wait_stream(self, other): ...
+
+
+class Graph:
+    """What is called under `torch.cuda.graph` has run already; a replay does nothing more."""
+
+    def replay(self): ...
+
+
+class Cuda:
+    """The part of torch.cuda that the two files use, on a CPU."""
+
+    Event, Stream, CUDAGraph = Event, Stream, Graph
+
+    def __getattr__(self, name):
+        def nothing(*arguments, **options):
+            return 0
+
+        known = ("synchronize", "set_sync_debug_mode", "reset_peak_memory_stats", "empty_cache",
+                 "memory_allocated", "max_memory_allocated", "current_device")  # fmt: skip
+        if name not in known or not hasattr(torch.cuda, name):
+            raise AttributeError(name)
+        return nothing
+
+    def is_available(self):
+        return True
+
+    def current_stream(self):
+        return Stream()
+
+    def mem_get_info(self):
+        return 1 << 40, 1 << 40
+
+    def get_device_name(self):
+        return "no GPU"
+
+    def stream(self, stream):
+        assert isinstance(stream, Stream)
+        return contextlib.nullcontext()
+
+    def graph(self, graph, stream):
+        assert isinstance(graph, Graph)
+        assert isinstance(stream, Stream)
+        return contextlib.nullcontext()
+
+
+class Torch:
+    """torch with another torch.cuda."""
+
+    cuda = Cuda()
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def load(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "torch", Torch())
+    for attribute, value in (("DEVICE", "cpu"), ("BACKEND", "reference")):
+        monkeypatch.setattr(module, attribute, value, raising=name != "tune")
+    return module
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    module = load("gpu_checks", monkeypatch)
+    monkeypatch.setattr(module, "COMPILER", "eager")
+    monkeypatch.setattr(module, "SIZES", SIZES)
+    monkeypatch.setattr(module, "product", emulated_product.product)
+    monkeypatch.setattr(table, "target", lambda device: "sm_90")
+    return module
+
+
+def again(function, stream):
+    """A graph that computes the same again into what the first time gave."""
+    captured, graph = function(), Graph()
+
+    def replay():
+        for old, new in zip(captured, function(), strict=True):
+            old.copy_(new)
+
+    graph.replay = replay
+    return graph, captured
+
+
+def names():
+    with pytest.MonkeyPatch.context() as patch:
+        return [*load("gpu_checks", patch).SMALL, *load("gpu_checks", patch).LARGE]
+
+
+@pytest.mark.parametrize("name", names())
+def test_checks(checks, monkeypatch, name):
+    monkeypatch.setattr(checks, "capture", again)
+    checks.run(checks.checks()[name])
+
+
+def test_capturing(checks):
+    graph, captured = checks.capture(lambda: [torch.ones(2)], Stream())
+    assert isinstance(graph, Graph)
+    assert captured[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("op", sorted({row.op for row in table.ROWS}))
+def test_checks_of_rows(checks, op):
+    found = {
+        name: check for name, check in checks.checks().items() if name.startswith(f"row {op} ")
+    }
+    modes = {mode for row in table.ROWS if (row.target, row.op) == ("sm_90", op)
+             for mode in row.modes}  # fmt: skip
+    assert {name.split()[-1] for name in found} == modes
+    for check in found.values():
+        check()
+
+
+def test_a_check_that_fails_is_said_and_counted(checks, monkeypatch, capsys):
+    def wrong():
+        raise AssertionError("not so")
+
+    monkeypatch.setattr(checks, "SMALL", {"right": lambda: None, "wrong": wrong})
+    assert checks.main(["--small"]) == 1
+    said = capsys.readouterr().out
+    assert "passed  right" in said
+    assert "FAILED  wrong" in said
+    assert "not so" in said
+    assert "1 checks passed, 1 failed" in said
+    assert checks.main(["--small", "--part", "0/2"]) == 0
+
+
+@pytest.fixture
+def bench(checks, monkeypatch):
+    module = load("gpu_bench", monkeypatch)
+    monkeypatch.setattr(module, "ROTATED_BYTES", 1 << 14)
+    monkeypatch.setattr(module, "COPIED_BYTES", 1 << 10)
+    monkeypatch.setattr(module, "RATED_N", 16)
+    return module
+
+
+def small(job):
+    """The same case on blocks of 32, four of them at most."""
+    function, (batch, _, *rest) = job
+    return function, (min(batch, 4), 32, *rest)
+
+
+def test_benchmarks(bench, monkeypatch, tmp_path, capsys):
+    """Every kind of job gives a row; only what a CPU's torch cannot do is said to have failed."""
+    jobs = list(dict.fromkeys(map(small, bench.jobs())))
+    monkeypatch.setattr(bench, "jobs", lambda: jobs)
+    file = tmp_path / "gpu.json"
+    assert bench.main([str(file), "1000"]) == 0
+    results = json.loads(file.read_text())
+    assert not results["left out"], results["left out"]
+    assert len(results["rows"]) == len(jobs)
+    for row in results["rows"]:
+        failed = [name for name, value in row["milliseconds"].items() if value is None]
+        assert all("out_dtype" in name for name in failed), (row["case"], failed)
+        assert row["error"] < 0.05, row
+    assert all(value > 0 for value in results["rates"].values())
+    said = capsys.readouterr().out
+    assert all(row["case"] in said for row in results["rows"])
+
+
+def test_out_of_time(bench, tmp_path, capsys):
+    file = tmp_path / "gpu.json"
+    assert bench.main([str(file), "-1"]) == 0
+    assert "not measured, out of time" in capsys.readouterr().out
+    assert not json.loads(file.read_text())["rows"]
+    assert time.monotonic() > bench.DEADLINE
+
+
+def test_tuning(bench, monkeypatch, tmp_path, capsys):
+    """All of bench/tune.py but the kernels and the times."""
+    tune = load("tune", monkeypatch)
+    for module in (gram_ema, product_module):
+        monkeypatch.setattr(module, "product", emulated_product.product)
+    shapes = [tune.Point(op, mode, 2, 33, 40) for op, mode in (
+        ("gram_ema_", "16-bit"), ("newton", "tf32x3"), ("product", "16-bit"),
+        ("precondition", "bf16x3"), ("power_iteration", "tf32x3"))]  # fmt: skip
+    all_candidates = tune.candidates
+    monkeypatch.setattr(tune, "points", lambda modes: shapes)
+    monkeypatch.setattr(tune, "candidates", lambda *a: list(all_candidates(*a))[:3])
+    monkeypatch.setattr(tune, "TUNED", tmp_path / "tuned.py")
+    select = table.select
+    assert tune.main(["--results", str(tmp_path), "--seconds", "1000"]) == 0
+    assert table.select is select
+    said = capsys.readouterr()
+    assert "5 points chosen" in said.out, said
+    record = json.loads((tmp_path / "tune.json").read_text())
+    assert [len(timings) for _, timings in record["points"]] == [3] * 5
+    assert all(error < 1e-2 for _, timings in record["points"] for *_, error in timings)
+    assert (tmp_path / "tuned.py").read_text().count('"') >= 6
