@@ -91,6 +91,7 @@ class Torch:
 
 
 def load(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))  # for what it imports from there
     spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
