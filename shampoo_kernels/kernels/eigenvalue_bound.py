@@ -39,7 +39,7 @@ def eigenvalue_bound(A: Tensor) -> Tensor:
         strip = (A, x, y, squares if x is None else None, n, A.stride())
         run(strip_kernel, Launch((batch * strips,), strip, meta), A)
     arguments = (A, sums, weighted, squares, bound, n, strips, A.stride())
-    run(combine_kernel, Launch((batch,), arguments, {"WIDTH": 1024, "num_warps": 4}), A)
+    run(combine_kernel, Launch((batch,), arguments, {"WIDTH": 512, "num_warps": 4}), A)
     return bound
 
 
