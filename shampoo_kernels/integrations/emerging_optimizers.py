@@ -240,7 +240,7 @@ def enable(*, any_version: bool = False) -> Enabled:
     if not any_version:
         try:
             import emerging_optimizers as peer
-        except ImportError as error:
+        except (ImportError, SyntaxError) as error:  # its syntax is that of Python 3.12
             raise UnsupportedPeer(f"emerging_optimizers: cannot be imported ({error})") from error
         found = getattr(peer, "__shortversion__", "none")
         if found not in VERSIONS:
