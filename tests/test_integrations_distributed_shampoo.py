@@ -267,6 +267,21 @@ def test_failures_of_the_kernel_config_are_counted_as_the_peers():
             assert outcome(maker(config, dtype=torch.float32, **often), lambda *_: None) == expected
 
 
+def test_a_success_resets_the_count_of_failures(monkeypatch):
+    refresh, counts = ours._refresh, []
+
+    def after_three(blocks, bias_correction):
+        for block in blocks:
+            block._failed_amortized_computation_counter = 3
+        refresh(blocks, bias_correction)
+        counts.extend(block._failed_amortized_computation_counter for block in blocks)
+
+    monkeypatch.setattr(ours, "_refresh", after_three)
+    run(maker(), "mlp", torch.float64, within=ours.enable, steps=range(6))
+    assert counts
+    assert not any(counts)
+
+
 # The accumulation
 
 
@@ -352,6 +367,44 @@ def test_known_roots(A, expected, root, power):
     torch.testing.assert_close(
         found, torch.linalg.matrix_power(expected, power), rtol=1e-2, atol=0.05
     )
+
+
+REPLACED = {"eigen": EIGEN, "newton": types.CoupledNewtonConfig(), "higher": HIGHER}
+
+
+def in_one_call(A, root, config, epsilon=0.0):
+    """What blocks of one size get in place of the peer's own function: (roots, solved)."""
+    call = ours._call(config, Fraction(root), epsilon, A.dtype, A.shape[-1])
+    return ours._root(A, Fraction(root), call)
+
+
+@pytest.mark.parametrize("config", REPLACED)
+def test_known_roots_in_place_of_the_peers(config):
+    for A, expected, root in EASY:
+        (found,), solved = in_one_call(A[None], root, REPLACED[config])
+        assert solved or config != "eigen"  # iterations leave the second, near 1e6, to the peer
+        if solved:
+            torch.testing.assert_close(found, expected, rtol=1e-2, atol=0.05)
+    assert in_one_call(EASY[0][0][None], 2, REPLACED[config])[1]
+
+
+@pytest.mark.parametrize("config", ["eigen", "newton"])
+@pytest.mark.parametrize("n", [10, 100])
+@pytest.mark.parametrize("root", [1, 2, 4, 8])
+def test_identity_and_tridiagonal_in_place_of_the_peers(n, root, config):
+    """All sizes and ratios in one call; only the singular limit may be left to the peer."""
+    sizes = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
+    pairs = [(a, b) for a in sizes for b in sizes if 2 * b <= a]
+    A = torch.stack(
+        [torch.eye(n)] + [tridiagonal(n, *pair, ends) for pair in pairs for ends in (True, False)]
+    )
+    found, solved = in_one_call(A, root, REPLACED[config])
+    assert (solved | (torch.linalg.cond(A.double()) > 1e4)).all()
+    again = torch.linalg.inv(torch.linalg.matrix_power(found.double(), root))
+    scale = torch.linalg.matrix_norm(A, torch.inf).clamp(min=1.0)
+    errors = (again - A).abs().amax((1, 2)) / scale
+    assert (errors[solved] <= 1e-4).all()
+    assert (found[0] - torch.eye(n)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("n", [10, 100])

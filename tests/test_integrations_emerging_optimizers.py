@@ -89,13 +89,13 @@ def positive(n, seed):
 
 @pytest.mark.parametrize("shape", [(8, 8), (7, 12), (33, 5)])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.95])
-@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("kl", [None, (1e-8, -1.0), (3.0, -0.5)], ids=str)
 def test_factors_are_as_close_to_the_truth_as_the_peers(shape, beta, kl):
     grad = random(*shape)
     start = [positive(n, n) for n in shape]
     eigen = [torch.linalg.eigh(positive(n, n + 1)) for n in shape]
     values, bases = ([x[i] for x in eigen] for i in (0, 1))
-    rest = (bases, values, 1e-8) if kl else ()
+    rest = (bases, values, *kl) if kl else ()  # eps and exponent; of 3.0 some values are below
     name = "update_kronecker_factors_kl_shampoo" if kl else "update_kronecker_factors"
 
     def run(dtype):

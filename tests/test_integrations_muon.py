@@ -38,12 +38,13 @@ def step(*arguments):
 
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_closer_to_the_formula(shape, steps):
+@pytest.mark.parametrize("coefficients", [COEFFICIENTS, (2.0, -1.5, 0.5)], ids=["own", "other"])
+def test_is_closer_to_the_formula(shape, steps, coefficients):
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    truth = formula(grad, COEFFICIENTS, steps, 1e-7)
-    theirs = step(grad, COEFFICIENTS, steps, 1e-7)
+    truth = formula(grad, coefficients, steps, 1e-7)
+    theirs = step(grad, coefficients, steps, 1e-7)
     with integration.enable():
-        ours = step(grad, COEFFICIENTS, steps, 1e-7)
+        ours = step(grad, coefficients, steps, 1e-7)
     assert ours.dtype == grad.dtype
     error = (ours.double() - truth).norm() / truth.norm()
     # The polynomial multiplies small singular values, and their errors, by 3.4 a step at most.

@@ -190,6 +190,13 @@ def test_a_missing_peer_is_said(peer):
         Integration("peer", [replacement()], distribution=name, versions=("1.0",)).enable()
 
 
+def test_a_peer_for_another_python_is_said(tmp_path, monkeypatch):
+    (tmp_path / "peer_of_the_future.py").write_text("def f[T:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UnsupportedPeer, match=r"there is no peer_of_the_future\.double"):
+        Integration("peer", [replacement(owner="peer_of_the_future")]).enable()
+
+
 def test_importing_imports_no_peer():
     code = """
 import pkgutil, sys

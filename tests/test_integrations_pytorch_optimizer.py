@@ -188,6 +188,42 @@ def test_scalable_shampoo_trains_as_its_formula_says(monkeypatch):
     assert distance(ours, truth, "mlp") <= 1e-9 < distance(theirs, truth, "mlp")
 
 
+EXACT = {
+    "DASH, eigh": lambda p: peer.DASH(p, inverse_root_method="eigh"),
+    "Shampoo": lambda p: peer.Shampoo(p),
+}
+
+
+@pytest.mark.parametrize("optimizer", EXACT)
+@pytest.mark.parametrize("shape", [(6, 5), (7,), (4, 3, 2)])
+def test_nan_raises_as_in_the_peer(optimizer, shape):
+    """Before the parameter is touched; the kernels alone would give a root and go on."""
+    for within in (contextlib.nullcontext, integration.enable):
+        p = torch.nn.Parameter(torch.ones(shape))
+        made = EXACT[optimizer]([p])
+        p.grad = torch.full(shape, torch.nan)
+        with within(), pytest.raises(torch.linalg.LinAlgError):
+            made.step()
+        assert torch.equal(p, torch.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_shampoo_in_16_bits_is_the_peers(dtype):
+    """The statistic of a vector is of low rank, and indefinite by rounding."""
+    ends = []
+    for within in (contextlib.nullcontext, integration.enable):
+        p = torch.nn.Parameter(torch.zeros(7, dtype=dtype))
+        made = peer.Shampoo([p], preconditioning_compute_steps=2)
+        generator = torch.Generator().manual_seed(0)
+        with within():
+            for _ in range(6):
+                p.grad = torch.randn(7, generator=generator).to(dtype)
+                made.step()
+        ends.append(p.detach())
+    assert ends[0].count_nonzero() > 0
+    assert torch.equal(*ends)
+
+
 def test_other_dtypes_and_ranks_take_the_peers_way():
     torch.manual_seed(0)
     for shape, dtype in (

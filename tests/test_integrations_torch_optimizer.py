@@ -1,5 +1,7 @@
 """torch_optimizer's Shampoo with these kernels in it."""
 
+import contextlib
+
 import pytest
 import torch
 from peers import (
@@ -47,3 +49,14 @@ def test_other_powers_take_the_peers_way():
     A = matrices(8, torch.float64)[2]
     with integration.enable():
         torch.testing.assert_close(shampoo._matrix_power(A, 2.0), A @ A)
+
+
+def test_nan_raises_as_in_the_peer():
+    """Before the parameter is touched."""
+    for within in (contextlib.nullcontext, integration.enable):
+        p = torch.nn.Parameter(torch.ones(4, 6))
+        made = optimizer([p])
+        p.grad = torch.full((4, 6), torch.nan)
+        with within(), pytest.raises(torch.linalg.LinAlgError):
+            made.step()
+        assert torch.equal(p, torch.ones(4, 6))

@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo_kernels.integrations._stacks import add_to_diagonal, eigh_root, newton_root
+from shampoo_kernels.integrations._stacks import (
+    add_to_diagonal,
+    eigh_root,
+    newton_root,
+    solved_by_eigh,
+)
 from shampoo_kernels.ops.gram_ema import gram_ema_
 from shampoo_kernels.ops.precondition import precondition
 
@@ -18,7 +23,10 @@ def inverse_root(original: _Function) -> _Function:
     def compute_inverse_root(self: Any, matrix: Tensor, root: int, group: dict) -> Tensor:
         twice = group["inverse_root_method"] == "eigh"  # so does the peer
         damped = add_to_diagonal(matrix, group["matrix_eps"] * (2 if twice else 1))
-        if twice or (matrix.device.type == "cpu" and matrix.shape[-1] > _NEWTON_LIMIT):
+        if twice:
+            solved = solved_by_eigh(damped, root)
+            return original(self, matrix, root, group) if solved is None else solved
+        if matrix.device.type == "cpu" and matrix.shape[-1] > _NEWTON_LIMIT:
             return eigh_root(damped, root)
         return newton_root(damped, root)
 

@@ -128,7 +128,7 @@ class Integration:
         try:
             owner = pkgutil.resolve_name(where) if isinstance(where, str) else where
             original: Any = inspect.getattr_static(owner, replacement.name)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, SyntaxError, AttributeError) as error:
             raise UnsupportedPeer(f"{self.peer}: there is no {replacement} ({error})") from error
         old = vars(owner).get(replacement.name, _ABSENT)
         if isinstance(original, (staticmethod, classmethod)):

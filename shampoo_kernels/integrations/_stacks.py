@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shampoo_kernels.ops.inverse_root import inverse_root
+from shampoo_kernels.ops.inverse_root import RootStatus, inverse_root
 
 MASTERS = (torch.float32, torch.float64)
 
@@ -28,6 +28,13 @@ def eigh_root(A: Tensor, p: float, previous: Tensor | None = None) -> Tensor:
     """A^(-1/p) (*, n, n), nothing added to A, for peers that decompose; negative eigenvalues, which
     are rounding, count as the unit of rounding times the bound."""
     return inverse_root(A, p, ridge=0, method="eigh", previous=previous).root
+
+
+def solved_by_eigh(A: Tensor, p: float) -> Tensor | None:
+    """`eigh_root`, or None where a block has no root, being NaN, Inf or indefinite: there the
+    peers' own decompositions raise, or do as they do. One host synchronisation, as eigh has."""
+    result = inverse_root(A, p, ridge=0, method="eigh")
+    return result.root if bool((result.status <= RootStatus.FELL_BACK).all()) else None
 
 
 def add_to_diagonal(A: Tensor, value: float | Tensor) -> Tensor:

@@ -171,13 +171,9 @@ class ShampooPreconditioner:
         """Zero factors and identities as roots for an (m, n) parameter, float32."""
         if len(shape) != 2:
             raise ValueError(f"ShampooPreconditioner: shape must be (m, n), got {tuple(shape)}")
-        m, n = shape
-        return {
-            "L": torch.zeros(m, m, device=device),
-            "R": torch.zeros(n, n, device=device),
-            "root_L": torch.eye(m, device=device),
-            "root_R": torch.eye(n, device=device),
-        }
+        sides = tuple(zip(("L", "R"), shape, strict=True))
+        factors = {side: torch.zeros(n, n, device=device) for side, n in sides}
+        return factors | {f"root_{side}": torch.eye(n, device=device) for side, n in sides}
 
     def init_step(self, grad: Tensor, shampoo_beta: float) -> None:
         """The first step has nothing to correct with: as every other."""
@@ -240,7 +236,7 @@ def enable(*, any_version: bool = False) -> Enabled:
     if not any_version:
         try:
             import emerging_optimizers as peer
-        except ImportError as error:
+        except (ImportError, SyntaxError) as error:  # its syntax is that of Python 3.12
             raise UnsupportedPeer(f"emerging_optimizers: cannot be imported ({error})") from error
         found = getattr(peer, "__shortversion__", "none")
         if found not in VERSIONS:

@@ -16,8 +16,9 @@ What changes (options, state and formulas stay the peer's):
 - SOAP: statistics in one pass, projections of matrices by `precondition`. The QR step stays the
   peer's: `orthogonal_iteration` is no faster on a CPU.
 
-Eigenvalues that are negative by rounding count as the unit of rounding times the bound. For SOAP,
-tensors other than float32 and float64 take the peer's own way.
+Eigenvalues that are negative by rounding count as the unit of rounding times the bound. For Shampoo
+and SOAP, tensors other than float32 and float64 take the peer's own way; so do, for Shampoo and
+DASH's "eigh", matrices that are not finite, with the peer's exception.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from shampoo_kernels.integrations._stacks import (
     by_shape,
     eigh_root,
     newton_root,
+    solved_by_eigh,
 )
 from shampoo_kernels.ops.gram_ema import gram_ema_
 from shampoo_kernels.ops.power_iteration import power_iteration
@@ -46,8 +48,9 @@ _Function = Callable[..., Any]
 
 def _svd_root(original: _Function) -> _Function:
     def compute_power_svd(matrix: Tensor, power: float) -> Tensor:
-        dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-        return eigh_root(matrix.to(dtype), power).to(matrix.dtype)
+        # One that is rounded to 16 bits is too indefinite to have a root; an SVD takes it.
+        solved = solved_by_eigh(matrix, power) if matrix.dtype in MASTERS else None
+        return original(matrix, power) if solved is None else solved
 
     return compute_power_svd
 

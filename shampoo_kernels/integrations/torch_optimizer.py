@@ -4,7 +4,8 @@
 
     torch_optimizer.enable()  # or for a while: with torch_optimizer.enable(): ...
 
-Its exponent, -1/order, its epsilon and its state stay as they are.
+Its exponent, -1/order, its epsilon and its state stay as they are. A matrix that is not finite
+takes the peer's own way, to its exception.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from shampoo_kernels.integrations._patching import Enabled, Integration, Replacement
-from shampoo_kernels.integrations._stacks import MASTERS, eigh_root
+from shampoo_kernels.integrations._stacks import MASTERS, solved_by_eigh
 
 VERSIONS = ("0.3.0",)
 
@@ -22,7 +23,8 @@ def _root(original: Callable[..., Any]) -> Callable[..., Any]:
     def _matrix_power(matrix: Tensor, power: float) -> Tensor:
         if power >= 0 or matrix.dtype not in MASTERS:
             return original(matrix, power)
-        return eigh_root(matrix, -1 / power)
+        solved = solved_by_eigh(matrix, -1 / power)
+        return original(matrix, power) if solved is None else solved
 
     return _matrix_power
 
