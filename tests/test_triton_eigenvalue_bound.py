@@ -37,6 +37,15 @@ def test_agrees_with_the_reference(n):
     torch.testing.assert_close(eigenvalue_bound(A), expected, rtol=2.0**-23, atol=0)
 
 
+def test_rows_longer_than_a_chunk_of_the_last_kernel(backend):
+    n = 600
+    A = torch.randn(2, n, n, generator=torch.Generator().manual_seed(0))
+    A[1] = 0
+    A[1, 599, 599] = 3.0  # all of it beyond the first chunk
+    assert backend == "strips" or n > kernels._ONE_PROGRAM
+    torch.testing.assert_close(eigenvalue_bound(A), op.bound_ref(A), rtol=2.0**-23, atol=0)
+
+
 @pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-3])
 def test_nearly_flat(spread):
     """Where the textbook formulas fall below the eigenvalue in float32."""
