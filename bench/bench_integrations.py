@@ -110,7 +110,8 @@ def bench_integrations(versus, name):
         for which, run in (("ours", ours), ("the peer alone", alone))
     }
     case = f"{name}, {CYCLE} steps"
-    versus(ours, {"the peer alone": alone}, case=case, errors=errors)
+    # Runs in float32 part from their float64 with ours or without: rounding decides SOAP's bases.
+    versus(ours, {"the peer alone": alone}, case=case, errors=errors, accepted=1.0)
 
 
 @pytest.mark.parametrize("n", [96] if QUICK else [128, 512])
