@@ -78,6 +78,9 @@ METHODS = (
     Method("SOAP", peer, RATES, {"cls": "SOAP"}),
     Method("DASH", peer, RATES, {"cls": "DASH"}),
     Method("Shampoo", shampoo, RATES),
+    Method("Shampoo, KL", shampoo, RATES, {"statistic": "kl"}),
+    Method("Shampoo, eigenbasis", shampoo, RATES, {"application": "soap", "graft": None}),
+    Method("Shampoo, p = 4", shampoo, RATES, {"p": 4}),
 )
 QUICK = ("AdamW", "Shampoo")
 
