@@ -314,9 +314,10 @@ def main(argv: list[str]) -> int:
         "left out": [],
     }
     from gpu_bench_native import jobs as native_jobs
+    from gpu_bench_peers import jobs as peer_jobs
 
     with use_backend(BACKEND):
-        for function, arguments in native_jobs() + jobs():
+        for function, arguments in native_jobs() + jobs() + peer_jobs():
             name = f"{function.__name__}{arguments}"[:80]
             if time.monotonic() > DEADLINE:
                 results["left out"].append(f"not measured, out of time: {name}")

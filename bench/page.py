@@ -36,8 +36,8 @@ def grouped(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def op_of(row: dict) -> str:
-    file, _, function = row["fullname"].split("/")[-1].partition("::")
-    file = file.removeprefix("bench_").removesuffix(".py")
+    file, _, function = row["fullname"].partition("::")  # "/" may stand in what comes in brackets
+    file = file.rpartition("/")[2].removeprefix("bench_").removesuffix(".py")
     function = function.partition("[")[0].removeprefix("bench_")
     return file if function == file else f"{file}: {function.replace('_', ' ')}"
 

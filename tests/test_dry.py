@@ -98,7 +98,7 @@ def load(name, monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "torch", Torch())
     for attribute, value in (("DEVICE", "cpu"), ("BACKEND", "reference")):
-        monkeypatch.setattr(module, attribute, value, raising=name != "tune")
+        monkeypatch.setattr(module, attribute, value, raising=name in ("gpu_checks", "gpu_bench"))
     return module
 
 
@@ -176,21 +176,28 @@ def bench(checks, monkeypatch):
     return module
 
 
+@pytest.fixture
+def peers(bench, monkeypatch):
+    return load("gpu_bench_peers", monkeypatch)
+
+
 def small(job):
     """The same case on blocks of 32, four of them at most."""
     function, (batch, _, *rest) = job
     return function, (min(batch, 4), 32, *rest)
 
 
-def test_benchmarks(bench, monkeypatch, tmp_path, capsys):
+def test_benchmarks(bench, peers, monkeypatch, tmp_path, capsys):
     """Every kind of job gives a row; only what a CPU's torch cannot do is said to have failed."""
     jobs = list(dict.fromkeys(map(small, bench.jobs())))
     monkeypatch.setattr(bench, "jobs", lambda: jobs)
+    monkeypatch.setattr(peers, "jobs", lambda: [(peers.bench_peer, ("torch.optim.Muon",))])
     file = tmp_path / "gpu.json"
     assert bench.main([str(file), "1000"]) == 0
     results = json.loads(file.read_text())
     assert not results["left out"], results["left out"]
-    assert len(results["rows"]) == len(jobs)
+    assert len(results["rows"]) == len(jobs) + 1
+    assert results["rows"][-1]["case"] == "torch.optim.Muon, 10 steps"
     for row in results["rows"]:
         failed = [name for name, value in row["milliseconds"].items() if value is None]
         assert all("out_dtype" in name for name in failed), (row["case"], failed)
