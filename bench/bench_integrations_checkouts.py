@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_integrations import CYCLE, MATRICES, VECTORS
+from peer_runs import CYCLE, MATRICES, VECTORS
 from torch import nn
 
 from shampoo_kernels import inverse_root
