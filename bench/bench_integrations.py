@@ -14,7 +14,7 @@ import functools
 import pytest
 import torch
 from conftest import QUICK
-from peer_runs import CYCLE, PEERS, Run, package_of
+from peer_runs import CYCLE, PEERS, package_of
 
 from shampoo_kernels import orthogonal_iteration
 from shampoo_kernels.integrations._patching import UnsupportedPeer
@@ -31,7 +31,7 @@ def or_skip(module: str):
 def bench_integrations(versus, name):
     peer = PEERS[name]
     integration, package = or_skip(peer.module)
-    start = functools.partial(Run, peer, package)
+    start = functools.partial(peer.run, package)
     alone, ours = start(contextlib.nullcontext), start(integration.enable)
     exactly = integration.enable if peer.inexact else contextlib.nullcontext
     truth = start(exactly, dtype=torch.float64, **peer.exact).way()

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peer_runs import CYCLE, MATRICES, VECTORS
-from torch import nn
+from peer_runs import CYCLE, MATRICES, VECTORS, Run
 
 from shampoo_kernels import inverse_root
 
@@ -28,30 +27,6 @@ def checkout(peer: str) -> None:
         pytest.skip(f"{variable} names no checkout of {peer}")
     if os.environ[variable] not in sys.path:
         sys.path.append(os.environ[variable])
-
-
-class Run:
-    """An optimizer of its own that takes CYCLE steps, on other gradients each, at every call."""
-
-    def __init__(self, make, shapes, within, dtype=torch.float32):
-        torch.manual_seed(0)
-        self.parameters = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
-        self.start = [p.detach().double().clone() for p in self.parameters]
-        self.grads = [[torch.randn(s).to(dtype) for s in shapes] for _ in range(CYCLE)]
-        self.optimizer, self.within = make(self.parameters), within
-
-    def __call__(self):
-        with self.within():
-            for grads in self.grads:
-                for parameter, grad in zip(self.parameters, grads, strict=True):
-                    parameter.grad = grad.clone()
-                self.optimizer.step()
-
-    def way(self) -> torch.Tensor:
-        """How far the parameters have gone after the first call."""
-        self()
-        pairs = zip(self.parameters, self.start, strict=True)
-        return torch.cat([(p.detach().double() - s).flatten() for p, s in pairs])
 
 
 def distributed_shampoo(package, parameters, config, block):

@@ -23,6 +23,13 @@ class Peer(NamedTuple):
     exact: dict = {}  # more options of the float64 run that errors are measured against
     inexact: bool = False  # in float64 too, so that the run with ours in it is the exact one
 
+    def run(self, package, within, dtype=torch.float32, device="cpu", **more) -> "Run":
+        def make(parameters):
+            return getattr(package, self.name)(parameters, **self.options, **more)
+
+        shapes = MATRICES if self.module == "muon" else MATRICES + VECTORS
+        return Run(make, shapes, within, dtype, device)
+
 
 EVERY = {"precondition_frequency": CYCLE}
 SCALABLE = {"start_preconditioning_step": 1, "preconditioning_compute_steps": CYCLE}
@@ -57,15 +64,13 @@ def package_of(module: str):
 
 
 class Run:
-    """An optimizer of its own that takes CYCLE steps at every call."""
+    """make(parameters), an optimizer of its own that takes CYCLE steps at every call."""
 
-    def __init__(self, peer, package, within, dtype=torch.float32, device="cpu", **more):
-        shapes = MATRICES if peer.module == "muon" else MATRICES + VECTORS
+    def __init__(self, make, shapes, within, dtype=torch.float32, device="cpu"):
         torch.manual_seed(0)
         self.parameters = [nn.Parameter(torch.randn(s).to(device, dtype)) for s in shapes]
         self.grads = [[torch.randn(s).to(device, dtype) for s in shapes] for _ in range(CYCLE)]
-        self.optimizer = getattr(package, peer.name)(self.parameters, **peer.options, **more)
-        self.within = within
+        self.optimizer, self.within = make(self.parameters), within
 
     def __call__(self):
         with self.within():
