@@ -37,7 +37,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # they cannot read pyproject
     sys.exit(f"shampoo_kernels: setuptools {setuptools.__version__} is too old: {REQUIREMENTS}")
 
 FLAGS = "-O3 -std=c++20 -I$csrc"
-CXX_FLAGS = f"{FLAGS} -fPIC -fvisibility=hidden -Wall -Wextra"
+CXX_FLAGS = f"{FLAGS} -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"  # torch 2.11
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mprefer-vector-width=512"

@@ -189,6 +189,12 @@ struct PieceTable {
 // packed <- data of every piece, cast.
 void pack(const PieceTable& pieces, const Parallel& parallel);
 
+// packed <- data, cast, or with `negate` -data, of the pieces whose sum of squares, in float32 (in
+// float64 of float64 data), is a number; 0 of the others, which may be anything. The sums go to
+// squares (pieces,).
+void pack_finite(const PieceTable& pieces, int64_t count, bool negate, double* squares,
+                 const Parallel& parallel);
+
 // data <- decay[i] data + step[i] packed of piece i, in float32, or in float64 where one of the two
 // is; without factors data <- packed. decay[i] = 0 does not read data, step[i] = 0 does not read
 // packed, and with decay[i] = 1 too nothing is written. F: float, double.
@@ -200,6 +206,39 @@ struct PieceFactors {
 template <class F>
 void unpack_apply(const PieceTable& pieces, const PieceFactors<F>& factors,
                   const Parallel& parallel);
+
+// A piece of the averages of a gradient, one row of a table of int64. `grad`, `momentum` and `own`
+// are contiguous; everything is T.
+struct MomentPiece {
+  void* exp_avg;      // (rows, columns), any strides
+  void* exp_avg_sq;   // as exp_avg, or null: there are no squares
+  const void* grad;   // finite
+  void* momentum;     // receives the average, with `nesterov` as it would be one gradient later
+  void* own;          // receives the step of the graft, or null: nobody asks
+  int64_t rows, columns, row_stride, column_stride;
+};
+static_assert(sizeof(MomentPiece) == 9 * sizeof(int64_t));
+
+// How the averages move, and what the graft is: m / (sqrt(v) + eps sqrt(bias)).
+struct MomentRule {
+  double beta1, beta2, eps;
+  bool nesterov;
+  bool sums;       // v <- v + G^2, else v <- beta2 v + (1 - beta2) G^2
+  bool corrected;  // bias = 1 - beta2^step, else 1
+};
+
+struct MomentTable {
+  const MomentPiece* pieces;
+  const PieceChunk* chunks;  // every chunk of every piece, in order
+  int64_t count, chunk_count;
+};
+
+// exp_avg, exp_avg_sq of the pieces with moves[i] = 1 take the gradient in; where it is 0 they stay
+// as they are. steps[i]: gradients seen, this one included. The sums of the squares of `own`, or of
+// `momentum` without it, go to squares (pieces,).
+template <class T>
+void moments(const MomentTable& table, const MomentRule& rule, const T* moves, const T* steps,
+             double* squares, const Parallel& parallel);
 
 // Whether this process holds ssyevd_ and dsyevd_ (libtorch_cpu exports them where built with MKL).
 bool has_lapack();

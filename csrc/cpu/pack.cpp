@@ -1,43 +1,14 @@
 // Packing of pieces of parameters into stacks, and their update from the stacks, by chunks of rows
 // shared out over the threads.
-#include <algorithm>
+#include <limits>
 #include <type_traits>
+#include <vector>
 
-#include "../kernels.h"
 #include "../numbers.h"
-#include "parallel.h"
+#include "pieces.h"
 
 namespace shampoo {
 namespace {
-
-// f(T{}) with the type that `dtype` stands for.
-template <class F>
-void with_type(int64_t dtype, const F& f) {
-  switch (DType(dtype)) {
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Float16{});
-    case DType::kFloat64:
-      return f(double{});
-  }
-}
-
-// f(row, column, count, at) for every run of a row in a chunk, whose first element is number `at`
-// of the piece.
-template <class F>
-void for_runs(const Piece& piece, int64_t chunk, const F& f) {
-  int64_t at = chunk * kChunkElements;
-  const int64_t end = std::min(at + kChunkElements, piece.rows * piece.columns);
-  while (at < end) {
-    const int64_t row = at / piece.columns, column = at % piece.columns;
-    const int64_t count = std::min(end - at, piece.columns - column);
-    f(row, column, count, at);
-    at += count;
-  }
-}
 
 template <class From, class To>
 void pack_chunk(const Piece& piece, int64_t chunk) {
@@ -58,6 +29,36 @@ void pack_chunk(const Piece& piece, int64_t chunk) {
       for (int64_t e = 0; e < count; ++e) to[e] = number<To>(from[e * stride]);
     }
   });
+}
+
+void pack_chunk(const Piece& piece, int64_t chunk) {
+  with_type(piece.dtype, [&](auto from) {
+    with_type(piece.packed_dtype,
+              [&](auto to) { pack_chunk<decltype(from), decltype(to)>(piece, chunk); });
+  });
+}
+
+// The elements of a chunk of `packed`, in place: f(T*, count).
+template <class F>
+void for_packed(const Piece& piece, int64_t chunk, const F& f) {
+  const int64_t begin = chunk * kChunkElements;
+  const int64_t count = std::min(kChunkElements, piece.rows * piece.columns - begin);
+  with_type(piece.packed_dtype,
+            [&](auto x) { f(static_cast<decltype(x)*>(piece.packed) + begin, count); });
+}
+
+double chunk_squares(const Piece& piece, int64_t chunk) {
+  double sum = 0;
+  with_type(piece.dtype, [&](auto x) {
+    using T = decltype(x);
+    for_runs(piece, chunk, [&](int64_t i, int64_t j, int64_t count, int64_t) {
+      const int64_t stride = piece.column_stride;
+      const T* data = static_cast<const T*>(piece.data) + i * piece.row_stride + j * stride;
+      sum += stride == 1 ? squares(data, count)
+                         : squares(count, [&](int64_t e) { return double(data[e * stride]); });
+    });
+  });
+  return sum;
 }
 
 // data <- decay data + step packed on a run; what has the factor 0 is not read.
@@ -93,23 +94,32 @@ void update_chunk(const Piece& piece, int64_t chunk, F decay, F step) {
   });
 }
 
-// f(chunk) for every chunk, on the caller's threads.
-template <class F>
-void for_chunks(const PieceTable& pieces, const Parallel& parallel, const F& f) {
-  constexpr int64_t kGrain = 4;  // chunks: less is not worth waking a thread for
-  for_each(parallel, pieces.chunk_count, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) f(pieces.chunks[c]);
-  });
-}
-
 }  // namespace
 
 void pack(const PieceTable& pieces, const Parallel& parallel) {
-  for_chunks(pieces, parallel, [&](PieceChunk here) {
+  for_chunks(pieces.chunks, pieces.chunk_count, parallel, [&](PieceChunk here, int64_t) {
+    pack_chunk(pieces.pieces[here.piece], here.chunk);
+  });
+}
+
+void pack_finite(const PieceTable& pieces, int64_t count, bool negate, double* squares,
+                 const Parallel& parallel) {
+  std::vector<double> sums(pieces.chunk_count);
+  for_chunks(pieces.chunks, pieces.chunk_count, parallel, [&](PieceChunk here, int64_t number) {
+    sums[number] = chunk_squares(pieces.pieces[here.piece], here.chunk);
+  });
+  sum_chunks(pieces.chunks, pieces.chunk_count, count, sums.data(), squares);
+  for_chunks(pieces.chunks, pieces.chunk_count, parallel, [&](PieceChunk here, int64_t) {
     const Piece& piece = pieces.pieces[here.piece];
-    with_type(piece.dtype, [&](auto from) {
-      with_type(piece.packed_dtype,
-                [&](auto to) { pack_chunk<decltype(from), decltype(to)>(piece, here.chunk); });
+    const bool wide = DType(piece.dtype) == DType::kFloat64;
+    const double limit = wide ? std::numeric_limits<double>::max()
+                              : double(std::numeric_limits<float>::max());
+    const bool finite = squares[here.piece] <= limit;  // false for NaN
+    if (finite) pack_chunk(piece, here.chunk);
+    if (finite && !negate) return;
+    for_packed(piece, here.chunk, [&](auto* to, int64_t elements) {
+      using T = std::remove_reference_t<decltype(*to)>;
+      for (int64_t e = 0; e < elements; ++e) to[e] = finite ? number<T>(-to[e]) : number<T>(0.0);
     });
   });
 }
@@ -117,7 +127,7 @@ void pack(const PieceTable& pieces, const Parallel& parallel) {
 template <class F>
 void unpack_apply(const PieceTable& pieces, const PieceFactors<F>& factors,
                   const Parallel& parallel) {
-  for_chunks(pieces, parallel, [&](PieceChunk here) {
+  for_chunks(pieces.chunks, pieces.chunk_count, parallel, [&](PieceChunk here, int64_t) {
     const Piece& piece = pieces.pieces[here.piece];
     const F decay = factors.decay ? factors.decay[here.piece] : F{0};
     const F step = factors.step ? factors.step[here.piece] : F{1};

@@ -4,13 +4,16 @@ What an optimizer does around its kernels: gather the blocks of all gradients, w
 and strides, and apply the preconditioned blocks to the weights.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops import common
+from shampoo_kernels.ops.norms import block_norms, per_block
 
 _OP = "pack"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # kernels.h
@@ -18,77 +21,94 @@ _CHUNK = 8192  # kChunkElements of kernels.h
 
 
 class Pieces:
-    """Views `data[i]` (m, n), any float dtype and strides, and their places `packed[i]` (m, n),
-    contiguous, any float dtype: for example the blocks of gradients and the views of a stack.
+    """Views `data[i]` (m, n), any float dtype and strides, and their places in `stacks`, contiguous
+    tensors (b, m, n) of any float dtype, in order: the blocks of gradients, say, stack by stack.
+    The pieces of one stack have one dtype.
 
-    All on one device. The table of pointers is made once and reaches the device without a
-    synchronisation; it holds for as long as the tensors keep their memory, which this object keeps
-    alive. No piece may overlap another or a packed one.
+    All on one device. The table of pointers is made when it is first needed and reaches the device
+    without a synchronisation; it holds for as long as the tensors keep their memory, which this
+    object keeps alive. No piece may overlap another or a stack.
 
     Raises:
         TypeError: a dtype that is not float64, float32, bfloat16 or float16; ValueError: shapes
-        that differ, a packed piece that is not contiguous, tensors of several devices.
+        that differ, a stack that is not contiguous, tensors of several devices.
     """
 
-    def __init__(self, data: Sequence[Tensor], packed: Sequence[Tensor]):
-        if len(data) != len(packed):
-            raise ValueError(f"{_OP}: got {len(data)} pieces and {len(packed)} places for them")
-        self.data, self.packed = list(data), list(packed)
-        for piece, place in zip(self.data, self.packed, strict=True):
-            self._check(piece, place)
-        wide = any(t.dtype == torch.float64 for t in (*self.data, *self.packed))
+    def __init__(self, data: Sequence[Tensor], stacks: Sequence[Tensor]):
+        self.data, self.stacks = list(data), list(stacks)
+        places = sum(stack.shape[0] for stack in self.stacks)
+        if len(self.data) != places:
+            raise ValueError(f"{_OP}: got {len(self.data)} pieces and {places} places for them")
+        for stack, pieces in self._by_stack():
+            _check(stack, pieces, self.stacks[0].device)
+        wide = any(t.dtype == torch.float64 for t in (*self.data, *self.stacks))
         self.factor_dtype = torch.float64 if wide else torch.float32
-        self._table: tuple[Tensor, Tensor] | None = None
 
-    def _check(self, piece: Tensor, place: Tensor) -> None:
-        common.check_dtype(_OP, "a piece", piece, common.FLOATS)
-        common.check_dtype(_OP, "a packed piece", place, common.FLOATS)
-        if piece.ndim != 2:
-            raise ValueError(f"{_OP}: a piece must be (m, n), got {tuple(piece.shape)}")
-        common.check_shape(_OP, "a packed piece", place, tuple(piece.shape), "as its piece")
-        if not place.is_contiguous():
-            raise ValueError(f"{_OP}: a packed piece must be contiguous, got {place.stride()}")
-        common.check_same_device(_OP, self.data[0], piece=piece, packed=place)
+    def _by_stack(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Every stack and its pieces."""
+        start = 0
+        for stack in self.stacks:
+            stop = start + stack.shape[0]
+            yield stack, self.data[start:stop]
+            start = stop
 
-    @property
+    @functools.cached_property
     def table(self) -> tuple[Tensor, Tensor]:
         """Piece and PieceChunk of kernels.h: int64 (pieces, 8), int32 (chunks, 2)."""
-        if self._table is None:
-            rows = [
-                (piece.data_ptr(), place.data_ptr(), *piece.shape, *piece.stride(),
-                 _DTYPES[piece.dtype], _DTYPES[place.dtype])
-                for piece, place in zip(self.data, self.packed, strict=True)
-            ]  # fmt: skip
-            counts = torch.tensor([-(-piece.numel() // _CHUNK) for piece in self.data])
-            piece = torch.arange(len(rows)).repeat_interleave(counts)
-            chunk = torch.arange(len(piece)) - (counts.cumsum(0) - counts)[piece]
-            device = self.data[0].device if self.data else torch.device("cpu")
-            self._table = (
-                _move(torch.tensor(rows, dtype=torch.int64).view(-1, 8), device),
-                _move(torch.stack([piece, chunk], 1).int(), device),
-            )
-        return self._table
+        rows, counts = [], []
+        for stack, pieces in self._by_stack():
+            count, m, n = stack.shape
+            place, size = stack.data_ptr(), m * n * stack.element_size()
+            kind = _DTYPES[stack.dtype]
+            for piece in pieces:
+                row, column = piece.stride()
+                rows.append(
+                    (piece.data_ptr(), place, m, n, row, column, _DTYPES[piece.dtype], kind)
+                )
+                place += size
+            counts += [m * n] * count
+        device = self.stacks[0].device if self.stacks else torch.device("cpu")
+        return on_device(rows, 8, device), chunks(tuple(counts), device)
 
     def pack_(self) -> None:
-        """packed[i] <- data[i], cast."""
+        """stacks[i] <- data[i], cast."""
         if self._native():
             torch.ops.shampoo_kernels_native.pack_(*self.table)
         elif self.data:
-            torch._foreach_copy_(self.packed, self.data)
+            torch._foreach_copy_(self._places(), self.data)
+
+    def pack_finite_(self, negate: bool = False) -> Tensor:
+        """stacks[i] <- data[i], with `negate` -data[i], or 0 where that has numbers that are not
+        finite or whose squares overflow (in float32; in float64 for float64).
+
+        Returns:
+            Tensor (pieces,): the squared norms, not finite for those that became 0. float64.
+        """
+        if self._native():
+            return torch.ops.shampoo_kernels_native.pack_finite_(*self.table, negate)
+        self.pack_()
+        squares = []
+        for stack in self.stacks:
+            square = block_norms(stack).square()
+            stack.masked_fill_(per_block(~(square < math.inf)), 0)
+            if negate:
+                stack.neg_()
+            squares.append(square.double())
+        return torch.cat(squares) if squares else torch.empty(0, dtype=torch.float64)
 
     def unpack_(self) -> None:
-        """data[i] <- packed[i], cast."""
+        """data[i] <- stacks[i], cast."""
         if self._native():
             torch.ops.shampoo_kernels_native.unpack_apply_(*self.table, None, None)
         elif self.data:
-            torch._foreach_copy_(self.data, self.packed)
+            torch._foreach_copy_(self.data, self._places())
 
     def apply_(self, decay: Tensor, step: Tensor) -> None:
-        """data[i] <- decay[i] * data[i] + step[i] * packed[i].
+        """data[i] <- decay[i] * data[i] + step[i] * stacks[i].
 
         In float32, or float64 where one of the two is, rounded once to the dtype of the piece. For
         W <- (1 - lr wd) W - lr s U: decay = 1 - lr wd, step = -lr s. decay[i] = 0 does not read
-        data[i], step[i] = 0 does not read packed[i]; with decay[i] = 1 too data[i] keeps its bits.
+        data[i], step[i] = 0 does not read the stack; with decay[i] = 1 too data[i] keeps its bits.
 
         Args:
             decay, step: (pieces,) of `factor_dtype`: float64 where one of the tensors is, else
@@ -101,23 +121,75 @@ class Pieces:
             factors = decay.contiguous(), step.contiguous()
             torch.ops.shampoo_kernels_native.unpack_apply_(*self.table, *factors)
             return
-        for i, (piece, place) in enumerate(zip(self.data, self.packed, strict=True)):
-            piece.copy_(_combined(decay[i], piece, step[i], place))
+        start = 0
+        for stack, pieces in self._by_stack():
+            part = slice(start, start := start + len(pieces))
+            if pieces:
+                _apply_(pieces, stack, per_block(decay[part]), per_block(step[part]))
+
+    def _places(self) -> list[Tensor]:
+        return [place for stack in self.stacks for place in stack.unbind()]
 
     def _native(self) -> bool:
-        return bool(self.data) and choose(_OP, self.data[0].device.type, torch.float32) == "native"
+        return bool(self.data) and native(self.data[0])
 
 
-def _combined(decay: Tensor, piece: Tensor, step: Tensor, place: Tensor) -> Tensor:
-    """The reference of apply_ for one piece, without a synchronisation."""
-    wide = torch.float64 in (piece.dtype, place.dtype)
-    dtype = torch.float64 if wide else torch.float32
-    kept = torch.where(decay == 0, 0, decay.to(dtype) * piece.to(dtype))
-    moved = kept + torch.where(step == 0, 0, step.to(dtype) * place.to(dtype))
-    return torch.where((decay == 1) & (step == 0), piece, moved.to(piece.dtype))
+def native(tensor: Tensor) -> bool:
+    """Whether the native kernels take pieces on the device of this tensor.
+
+    Not where a CUDA graph is being captured: it would hold a table that is gone when it is run.
+    """
+    device = tensor.device.type
+    capturing = device == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not capturing and choose(_OP, device, torch.float32) == "native"
+
+
+@functools.lru_cache(maxsize=64)
+def chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """PieceChunk of kernels.h for pieces of so many elements: int32 (chunks, 2)."""
+    counts = torch.tensor([-(-size // _CHUNK) for size in sizes], dtype=torch.int64)
+    piece = torch.arange(len(sizes)).repeat_interleave(counts)
+    chunk = torch.arange(len(piece)) - (counts.cumsum(0) - counts)[piece]
+    return _move(torch.stack([piece, chunk], 1).int(), device)
+
+
+def on_device(rows: list[tuple[int, ...]], columns: int, device: torch.device) -> Tensor:
+    """A table of int64 (rows, columns)."""
+    return _move(torch.tensor(rows, dtype=torch.int64).view(-1, columns), device)
 
 
 def _move(table: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return table
     return table.pin_memory().to(device, non_blocking=True)
+
+
+def _check(stack: Tensor, pieces: list[Tensor], device: torch.device) -> None:
+    common.check_dtype(_OP, "a stack", stack, common.FLOATS)
+    if stack.ndim != 3:
+        raise ValueError(f"{_OP}: a stack must be (b, m, n), got {tuple(stack.shape)}")
+    if not stack.is_contiguous():
+        raise ValueError(f"{_OP}: a stack must be contiguous, got strides {stack.stride()}")
+    if not pieces:
+        return
+    common.check_dtype(_OP, "a piece", pieces[0], common.FLOATS)
+    like = pieces[0].dtype, stack.shape[1:], stack.device
+    for piece in pieces:
+        if (piece.dtype, piece.shape, piece.device) != like or piece.device != device:
+            common.check_dtype(_OP, "a piece", piece, like[:1])
+            common.check_shape(_OP, "a piece", piece, like[1], "as its place in a stack")
+            raise ValueError(
+                f"{_OP}: pieces and stacks must be on one device, got {piece.device} and "
+                f"{stack.device} beside {device}"
+            )
+
+
+def _apply_(pieces: list[Tensor], stack: Tensor, decay: Tensor, step: Tensor) -> None:
+    """The reference of apply_ for one stack, without a synchronisation."""
+    data = torch.stack(pieces)
+    wide = torch.float64 in (data.dtype, stack.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    kept = torch.where(decay == 0, 0, decay.to(dtype) * data.to(dtype))
+    moved = kept + torch.where(step == 0, 0, step.to(dtype) * stack.to(dtype))
+    result = torch.where((decay == 1) & (step == 0), data, moved.to(data.dtype))
+    torch._foreach_copy_(pieces, result.unbind())

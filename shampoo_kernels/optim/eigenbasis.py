@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shampoo_kernels.ops import moments
 from shampoo_kernels.ops.inverse_root import RootStatus
+from shampoo_kernels.ops.norms import matrix_norms, per_block
 from shampoo_kernels.ops.orthogonal_iteration import orthogonal_iteration
 from shampoo_kernels.ops.precondition import precondition
 from shampoo_kernels.optim.blocks import LEFT, RIGHT
 from shampoo_kernels.optim.factors import narrowed, pieces
-from shampoo_kernels.optim.moments import bias, matrix_norms, per_block
 from shampoo_kernels.optim.stacks import Stack
 
 # Bytes of the matrices of one part of a refresh; it takes about 12 a block.
@@ -25,18 +26,16 @@ def rotate(stack: Stack, matrices: Tensor, precision: str) -> Tensor:
     return precondition(matrices, _transposed(left), right, precision=precision)[0]
 
 
-def direction(stack: Stack, momentum: Tensor, group: dict) -> tuple[Tensor, Tensor]:
-    """U (B, m, n) and s (B,): s U = Q_L (M' / (sqrt(v / bias2) + eps)) Q_Rᵀ, M' = Q_Lᵀ M Q_R.
+def direction(stack: Stack, momentum: Tensor, rule: moments.Rule, precision: str) -> Tensor:
+    """U (B, m, n) = Q_L (M' / (sqrt(v) + eps root_bias)) Q_Rᵀ, M' = Q_Lᵀ M Q_R: see `Rule`.
 
     v is the second moment of the rotated gradient. Before there is a basis it is I, and this is
     Adam. Source: Vyas et al., SOAP (arXiv 2409.11321).
     """
-    root_bias = bias(stack.steps, group["betas"][1]).sqrt()
-    rotated = rotate(stack, momentum, group["precision"])
-    rotated.div_(stack.extra["exp_avg_sq"].sqrt().add_(per_block(group["eps"] * root_bias)))
+    rotated = rotate(stack, momentum, precision)
+    own = moments.direction(rotated, stack.extra["exp_avg_sq"], stack.steps, rule)
     left, right = _bases(stack)
-    update, _ = precondition(rotated, left, _transposed(right), precision=group["precision"])
-    return update, root_bias
+    return precondition(own, left, _transposed(right), precision=precision)[0]
 
 
 def refresh_(stack: Stack, due: Sequence[int], first: set[int], moves: Tensor, group: dict) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor
 from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops.eigenvalue_bound import eigenvalue_bound
 from shampoo_kernels.ops.inverse_root import inverse_root
+from shampoo_kernels.ops.moments import bias
+from shampoo_kernels.ops.norms import matrix_norms, per_block
 from shampoo_kernels.ops.precondition import precondition
 from shampoo_kernels.optim.blocks import LEFT, RIGHT
-from shampoo_kernels.optim.moments import bias, matrix_norms, per_block
 from shampoo_kernels.optim.stacks import Stack
 from shampoo_kernels.optim.statistics import statistic_bias
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from shampoo_kernels.ops.common import PRECISIONS
 from shampoo_kernels.ops.inverse_root import METHODS
+from shampoo_kernels.ops.moments import GRAFTS
 from shampoo_kernels.optim.combinations import check_combinations
 from shampoo_kernels.optim.eigenbasis import BASIS_METHODS
 from shampoo_kernels.optim.factors import SCALES
-from shampoo_kernels.optim.graft import GRAFTS
 from shampoo_kernels.optim.team import is_process_group
 from shampoo_kernels.optim.turns import REFRESHES
 
@@ -36,6 +36,7 @@ NAMES = (
     "application", "scale", "rank_rtol", "basis_method", "refresh", "refresh_tolerance",
     "decoupled_weight_decay", "max_update_rms", "split", "batch_dims",
 )  # fmt: skip
+_FIXED = tuple(name for name in NAMES if name != "lr")
 OPTIONAL: dict[str, dict[str, float]] = {  # None, or a number within
     "rank_rtol": {"below": 1},
     "refresh_tolerance": {"below": 1},
@@ -95,8 +96,8 @@ def checked(group: dict) -> dict:
 
 def fingerprint(group: dict) -> tuple:
     """Changes when an option other than lr does, or its type: True is not 1 here."""
-    values = (group.get(name) for name in NAMES if name != "lr")
-    return tuple((type(value), value) for value in values)
+    values = tuple(map(group.get, _FIXED))
+    return values, tuple(map(type, values))
 
 
 def _require(condition: bool, name: str, expected: str, given: object) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from shampoo_kernels.optim.batch import batches
 from shampoo_kernels.optim.blocks import Cut
 from shampoo_kernels.optim.layout import MOMENTS, STRUCTURE
 from shampoo_kernels.optim.stacks import build, cut_parameter
@@ -105,28 +106,23 @@ class Plan:
     def step_(self, group: dict, position: int) -> int:
         """Step every stack; `position` counts the blocks with a factor before and after it."""
         inputs = self._inputs()
-        for stack in self.stacks:
-            step_(stack, inputs, group, position + stack.first)
-            position += stack.total if stack.key.sides else 0
+        for batch in batches(self.stacks, inputs.grads, position):
+            step_(batch, inputs, group)
         self._write_back(inputs.weights, inputs.grads)
-        return position
+        return position + sum(stack.total for stack in self.stacks if stack.key.sides)
 
     def _cuts(self, group: dict) -> list[Cut]:
         return [cut_parameter(parameter, group) for parameter in self.parameters]
 
     def _inputs(self) -> Inputs:
         """Everything as matrices, and one more gradient seen."""
-        grads = {
-            i: self._held(parameter.grad).reshape(shape)
-            for i, (parameter, shape) in enumerate(zip(self.parameters, self.shapes, strict=True))
-            if parameter.grad is not None
-        }
+        grads = {i: p.grad for i, p in enumerate(self.parameters) if p.grad is not None}
         self._count(grads)
         return Inputs(
-            weights=self._matrices(self.parameters),
-            grads=grads,
-            exp_avgs=self._matrices(self.averages),
-            exp_avg_sqs={i: self._held(x).reshape(self.shapes[i]) for i, x in self.squares.items()},
+            weights=self._matrices(dict(enumerate(self.parameters))),
+            grads=self._matrices(grads),
+            exp_avgs=self._matrices(dict(enumerate(self.averages))),
+            exp_avg_sqs=self._matrices(self.squares),
             steps=self.steps,
         )
 
@@ -136,18 +132,19 @@ class Plan:
         for i in stepped:
             self.steps[i] += 1
 
-    def _write_back(self, weights: list[Tensor], stepped: Iterable[int]) -> None:
+    def _write_back(self, weights: Mapping[int, Tensor], stepped: Iterable[int]) -> None:
         for i in stepped:
             held = self._held(self.parameters[i])
             if weights[i].data_ptr() != held.data_ptr():  # no matrix is a view of it
                 held.copy_(weights[i].view(held.shape))
 
-    def _matrices(self, tensors: list[Tensor]) -> list[Tensor]:
+    def _matrices(self, tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Views (M, N), or copies where the strides (channels_last, say) allow no view."""
-        return [
-            self._held(tensor).reshape(shape)
-            for tensor, shape in zip(tensors, self.shapes, strict=True)
-        ]
+        return {
+            i: held if (held := self._held(tensor)).shape == self.shapes[i]
+            else held.reshape(self.shapes[i])
+            for i, tensor in tensors.items()
+        }  # fmt: skip
 
     def _held(self, tensor: Tensor) -> Tensor:
         """What this process has of a parameter, its gradient or its moments."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from shampoo_kernels.optim.batch import batches
 from shampoo_kernels.optim.blocks import Block, stack_blocks
 from shampoo_kernels.optim.gathering import Gather, buckets
 from shampoo_kernels.optim.plan import Plan
@@ -39,7 +40,8 @@ class ReplicaPlan(Plan):
             self._follow(inputs, group)
         gather = Gather(self.buckets, inputs.weights, self.team)
         for stack in self.stacks:
-            step_(stack, inputs, group, position + stack.first)
+            for batch in batches([stack], inputs.grads, position):
+                step_(batch, inputs, group)
             if stack.key.sides:
                 position += stack.total
                 gather.ready(stack.key)
@@ -50,8 +52,8 @@ class ReplicaPlan(Plan):
         return position
 
     def _follow(self, inputs: Inputs, group: dict) -> None:
-        for stack in self.others:
-            follow_(stack, inputs, group)
+        for batch in batches(self.others, inputs.grads, 0):
+            follow_(batch, inputs, group)
 
 
 def _stack_of_others(stack: Stack, blocks: list[Block]) -> Stack:

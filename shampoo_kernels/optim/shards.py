@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_kernels.optim import stacks
+from shampoo_kernels.optim.batch import batches
 from shampoo_kernels.optim.blocks import Block, Cut, stack_blocks
 from shampoo_kernels.optim.exchange import Chunk, Swap, chunks, row_bounds
 from shampoo_kernels.optim.plan import Plan
@@ -104,7 +105,8 @@ class ShardPlan(Plan):
         with self._of_one_mind(inputs) as finite:
             for stack in self.local:
                 if stack.key.n:
-                    step_(stack, inputs, group, position)
+                    for batch in batches([stack], inputs.grads, position):
+                        step_(batch, inputs, group)
                 else:  # no rows of these parameters are here
                     stack.steps.add_(torch.stack([finite[b.parameter] for b in stack.blocks]))
         self._write_back(inputs.weights, range(len(self.parameters)))
@@ -183,14 +185,17 @@ class Visit:
         if not blocks:
             return
         weights, grads, exp_avgs, *squares = (
-            list(self.packed[name].unbind()) for name in (WEIGHT, GRAD, *self.job.moments)
+            dict(enumerate(self.packed[name].unbind()))
+            for name in (WEIGHT, GRAD, *self.job.moments)
         )
         present = [j for j, block in enumerate(blocks) if block.parameter in inputs.grads]
         steps = [inputs.steps[block.parameter] for block in blocks]
-        exp_avg_sqs = dict(enumerate(squares[0])) if squares else {}
-        own = Inputs(weights, {j: grads[j] for j in present}, exp_avgs, exp_avg_sqs, steps)
+        own = Inputs(
+            weights, {j: grads[j] for j in present}, exp_avgs, squares[0] if squares else {}, steps
+        )
         part = replace(self.job.part, place=self.job.place())
-        step_(part, own, group, position + self.job.position)
+        for batch in batches([part], own.grads, position + self.job.position - part.first):
+            step_(batch, own, group)
 
     def return_(self) -> None:
         for _, names in self.job.channels():

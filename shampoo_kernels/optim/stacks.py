@@ -47,6 +47,7 @@ class Stack:
     place: int | None = None  # what turns go by, where it is not the number of the first block
     first: int = 0
     total: int = 0
+    complete: bool = False  # every block is known to have its roots or bases
 
     def __post_init__(self) -> None:
         self.total = self.total or len(self.blocks)
@@ -106,21 +107,9 @@ class Stack:
             for block in self.blocks
         ]  # fmt: skip
 
-    def pack(self, matrices: Matrices) -> Tensor:
-        """The blocks as one tensor (B, m, n): in the state's dtype, but 16-bit ones as they are.
-
-        One block of the right dtype is a view of its matrix, not a copy.
-        """
-        pieces = self.pieces(matrices)
-        packed = pieces[0].unsqueeze(0) if len(pieces) == 1 else torch.stack(pieces)
-        return packed if packed.dtype in HALVES else packed.to(self.dtype)
-
-    def unpack_(self, matrices: Matrices, packed: Tensor) -> None:
-        """Write (B, m, n) back into the blocks, rounding to their dtype."""
-        pieces = self.pieces(matrices)
-        if len(pieces) == 1 and pieces[0].data_ptr() == packed.data_ptr():
-            return  # it is a view of the block
-        torch._foreach_copy_(pieces, packed.unbind())
+    def bytes(self) -> int:
+        """Of the blocks, packed."""
+        return len(self.blocks) * self.key.m * self.key.n * self.dtype.itemsize
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.ops.gram_ema import gram_ema_
+from shampoo_kernels.ops.moments import bias
+from shampoo_kernels.ops.norms import block_norms, matrix_norms, per_block
 from shampoo_kernels.ops.precondition import precondition
 from shampoo_kernels.optim.blocks import LEFT, RIGHT
-from shampoo_kernels.optim.moments import bias, block_norms, matrix_norms, per_block
 from shampoo_kernels.optim.stacks import Stack
 
 OTHER = {LEFT: RIGHT, RIGHT: LEFT}

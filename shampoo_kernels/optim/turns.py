@@ -95,9 +95,15 @@ def absent(stack: Stack) -> Tensor:
 
 
 def waiting(stack: Stack) -> list[int]:
-    """The blocks that have no root yet, but a statistic to compute it from; synchronises."""
+    """The blocks that have no root yet, but a statistic to compute it from; synchronises.
+
+    Nobody looks again once all have one, which they keep.
+    """
+    if stack.complete:
+        return []
     rootless = absent(stack).nonzero().flatten()
-    if len(rootless):
+    stack.complete = not len(rootless)
+    if not stack.complete:
         trace = stack.statistic[stack.key.sides[0]].diagonal(dim1=-2, dim2=-1).sum(-1)
         rootless = rootless[trace[rootless] > 0]
     return rootless.tolist()

@@ -1,4 +1,4 @@
-"""One optimizer step on one stack: statistics and moments, then roots, then the weights."""
+"""One optimizer step on a batch: statistics and moments, then roots, then the weights."""
 
 import math
 from collections.abc import Sequence
@@ -7,161 +7,189 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim import eigenbasis, factors, graft, moments, statistics, turns
-from shampoo_kernels.optim.moments import bias, block_norms, per_block
+from shampoo_kernels.ops.moments import Averages, Entry, Rule, average_squares_, direction, moments_
+from shampoo_kernels.ops.norms import block_norms
+from shampoo_kernels.optim import eigenbasis, factors, statistics, turns
+from shampoo_kernels.optim.batch import Batch
 from shampoo_kernels.optim.stacks import Stack
 
 
 @dataclass
 class Inputs:
-    """What the parameters of one group bring to a step; every tensor is a matrix (M, N)."""
+    """What the parameters of one group bring to a step, by number; tensors are matrices (M, N)."""
 
-    weights: list[Tensor]
+    weights: dict[int, Tensor]
     grads: dict[int, Tensor]  # of the parameters that have one; the others are left alone
-    exp_avgs: list[Tensor]
+    exp_avgs: dict[int, Tensor]
     exp_avg_sqs: dict[int, Tensor]  # of the parameters that have one
     steps: list[int]  # gradients seen, this one included
 
 
-def step_(stack: Stack, inputs: Inputs, group: dict, position: int) -> None:
-    """Step the blocks whose parameter has a gradient.
+def step_(batch: Batch, inputs: Inputs, group: dict) -> None:
+    """Step the blocks.
 
-    `position` is what turns go by: see `turns.due`. Blocks with a non-finite gradient keep weights,
-    moments, statistics and roots bit for bit. The number of operations depends on the number of
-    parts alone.
+    Those with a non-finite gradient keep weights, moments, statistics and roots bit for bit. The
+    number of operations depends on the number of parts alone.
     """
-    for start, part in stack.parts(inputs.grads):
-        grad, moves = _look(*_gradient(part, inputs, group))
-        part.steps.add_(moves)
-        statistics.update_(part, grad, moves, group)
-        grad = grad.to(part.dtype)
-        exp_avg = part.pack(inputs.exp_avgs)
-        moments.average_(exp_avg, grad, moves, group["betas"][0])
-        part.unpack_(inputs.exp_avgs, exp_avg)
-        turn = turns.due(part, inputs.steps, group, position + start)
-        exp_avg_sq = _refresh_(part, grad, moves, turn, inputs, group)
-        update, scale = _update(part, grad, moves, (exp_avg, exp_avg_sq), inputs.steps, group)
-        if part.key.sides and group["max_update_rms"] is not None:
-            scale = _clipped(update, scale, group["max_update_rms"])
-        _apply_(part, inputs.weights, update, scale, moves, group)
+    grads, moves = _gradients(batch, inputs, group)
+    steps = batch.count_(moves)
+    by_part = list(zip(batch.parts, grads, batch.split(moves), strict=True))
+    for part, grad, move in by_part:
+        statistics.update_(part, grad, move, group)
+    rule = _rule(group)
+    averages = _average_(batch, inputs, grads, moves, steps, rule, group)
+    for (part, grad, move), position in zip(by_part, batch.positions, strict=True):
+        _refresh_(part, grad, move, turns.due(part, inputs.steps, group, position), rule, group)
+    _apply_(batch, inputs, averages, moves, steps, rule, group)
 
 
-def follow_(stack: Stack, inputs: Inputs, group: dict) -> None:
+def follow_(batch: Batch, inputs: Inputs, group: dict) -> None:
     """Bring the moments of blocks along that another rank steps, from the same gradient."""
-    beta1, beta2 = group["betas"]
-    for _, part in stack.parts(inputs.grads):
-        grad, moves = _look(*_gradient(part, inputs, group))
-        grad = grad.to(part.dtype)
-        exp_avg = part.pack(inputs.exp_avgs)
-        moments.average_(exp_avg, grad, moves, beta1)
-        part.unpack_(inputs.exp_avgs, exp_avg)
-        if part.parameters[0] in inputs.exp_avg_sqs:
-            exp_avg_sq = part.pack(inputs.exp_avg_sqs)
-            graft.update_second_moment_(exp_avg_sq, grad, moves, beta2, group["graft"])
-            part.unpack_(inputs.exp_avg_sqs, exp_avg_sq)
+    grads, moves = _gradients(batch, inputs, group)
+    _average_(batch, inputs, grads, moves, torch.ones_like(moves), _rule(group), group)
+
+
+def _rule(group: dict) -> Rule:
+    return Rule(group["betas"], group["eps"], group["graft"], group["nesterov"])
+
+
+def _gradients(batch: Batch, inputs: Inputs, group: dict) -> tuple[list[Tensor], Tensor]:
+    """The gradients (b, m, n) to minimise by, and moves (blocks,): see `Batch.gradients`.
+
+    Coupled decay adds weight_decay * W.
+    """
+    grads, moves = batch.gradients(inputs.grads, group["maximize"])
+    if group["weight_decay"] and not group["decoupled_weight_decay"]:
+        weights = batch.pack(inputs.weights)
+        grads = [
+            torch.where(move.view(-1, 1, 1) > 0, grad + group["weight_decay"] * weight, 0)
+            for grad, weight, move in zip(grads, weights, batch.split(moves), strict=True)
+        ]
+    return grads, moves
+
+
+def _average_(
+    batch: Batch, inputs: Inputs, grads: list[Tensor], moves: Tensor, steps: Tensor, rule: Rule,
+    group: dict,
+) -> Averages:  # fmt: skip
+    entries = []
+    for part, grad in zip(batch.parts, grads, strict=True):
+        squared = part.parameters[0] in inputs.exp_avg_sqs
+        squares = part.pieces(inputs.exp_avg_sqs) if squared else None
+        # nobody asks for the graft's step of a block that has its own scale
+        wanted = not part.key.sides or group["graft"] is not None
+        entries.append(Entry(part.pieces(inputs.exp_avgs), squares, grad.to(part.dtype), wanted))
+    return moments_(entries, moves, steps, rule)
+
+
+def _preconditions(part: Stack, inputs: Inputs, group: dict) -> bool:
+    """Whether any of these blocks is past start_step and has factors."""
+    started = max(inputs.steps[i] for i in part.parameters) >= group["start_step"]
+    return bool(part.key.sides) and started
 
 
 def _refresh_(
-    part: Stack,
-    grad: Tensor,
-    moves: Tensor,
-    turn: tuple[Sequence[int], set[int]],
-    inputs: Inputs,
+    part: Stack, grad: Tensor, moves: Tensor, turn: tuple[Sequence[int], set[int]], rule: Rule,
     group: dict,
-) -> Tensor | None:
-    """Refresh roots or bases; gives the second moments (b, m, n) if there are any, updated."""
-    (due, first), beta2 = turn, group["betas"][1]
+) -> None:  # fmt: skip
+    """The squares in an eigenbasis, then the roots or bases whose turn it is."""
+    due, first = turn
     if part.key.sides and group["application"] == "soap":
-        exp_avg_sq = part.extra["exp_avg_sq"]
-        rotated = eigenbasis.rotate(part, grad, group["precision"])
-        graft.update_second_moment_(exp_avg_sq, rotated, moves, beta2, group["graft"])
+        rotated = eigenbasis.rotate(part, grad.to(part.dtype), group["precision"])
+        average_squares_(part.extra["exp_avg_sq"], rotated, moves, rule)
         if due:
             eigenbasis.refresh_(part, due, first, moves, group)
-        return exp_avg_sq
-    if due:
+    elif due:
         factors.refresh_roots_(part, due, moves, group)
-    if part.parameters[0] not in inputs.exp_avg_sqs:
-        return None
-    exp_avg_sq = part.pack(inputs.exp_avg_sqs)
-    graft.update_second_moment_(exp_avg_sq, grad, moves, beta2, group["graft"])
-    part.unpack_(inputs.exp_avg_sqs, exp_avg_sq)
-    return exp_avg_sq
-
-
-def _gradient(part: Stack, inputs: Inputs, group: dict) -> tuple[Tensor, bool]:
-    """(b, m, n), and whether it still is to be negated. Coupled decay: G + weight_decay * W."""
-    grad = part.pack(inputs.grads)
-    if not group["weight_decay"] or group["decoupled_weight_decay"]:
-        return grad, group["maximize"]
-    sign = -1 if group["maximize"] else 1
-    weights = part.pack(inputs.weights).to(part.dtype)
-    return sign * grad.to(part.dtype) + group["weight_decay"] * weights, False
-
-
-def _look(grad: Tensor, negate: bool) -> tuple[Tensor, Tensor]:
-    """The gradient (b, m, n) to minimise by, and moves (b,): 1, or 0 in blocks that are not finite.
-
-    Those become zero, because 0 * NaN is not 0. Squares enter the moments, so that they count too.
-    """
-    norms = block_norms(grad)
-    finite = norms.square() < math.inf
-    grad = torch.where(per_block(finite), grad, 0)
-    return grad.neg_() if negate else grad, finite.to(norms.dtype)
-
-
-def _update(
-    part: Stack, grad: Tensor, moves: Tensor, averages: tuple[Tensor, Tensor | None],
-    steps: list[int], group: dict,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """U (b, m, n) and scale (b,): scale * U is what the learning rate multiplies."""
-    beta1, beta2 = group["betas"]
-    momentum, exp_avg_sq = averages
-    correction = bias(part.steps, beta1)
-    if group["nesterov"]:
-        momentum = moments.look_ahead(momentum, grad, moves, beta1)
-        correction = bias(part.steps + 1, beta1)
-    started = {i for i in part.parameters if steps[i] >= group["start_step"]}
-    preconditions = bool(part.key.sides and started)
-    if preconditions and group["application"] == "soap":
-        update, scale = eigenbasis.direction(part, momentum, group)
-        return update, scale / correction
-    if preconditions and group["graft"] is None:
-        update, _ = factors.apply_roots(part, momentum, group["precision"])
-        return update, 1 / correction
-    own, scale = graft.direction(
-        momentum, exp_avg_sq, part.steps, beta2, group["eps"], group["graft"]
-    )
-    scale = scale / correction
-    if not preconditions:
-        return own, scale
-    update, norm = factors.apply_roots(part, momentum, group["precision"])
-    ready = norm > 0  # without a root it is 0
-    if len(started) < len(part.parameters):
-        flags = torch.tensor([block.parameter in started for block in part.blocks])
-        ready &= flags.to(part.device, non_blocking=True)
-    return (
-        torch.where(per_block(ready), update, own),
-        torch.where(ready, scale * block_norms(own) / norm, scale),
-    )
-
-
-def _clipped(update: Tensor, scale: Tensor, limit: float) -> Tensor:
-    """The scale (b,) with which the root mean square of each block is at most `limit`.
-
-    Source: update clipping of Adafactor (arXiv 1804.04235), U / max(1, RMS(U) / d).
-    """
-    rms = scale * block_norms(update) / math.sqrt(update[0].numel())
-    return scale / (rms / limit).clamp(min=1)
 
 
 def _apply_(
-    part: Stack, weights: list[Tensor], update: Tensor, scale: Tensor, moves: Tensor, group: dict
-) -> None:
-    """W <- (1 - lr * weight_decay) W - lr * scale * U, for the blocks that move."""
+    batch: Batch, inputs: Inputs, averages: Averages, moves: Tensor, steps: Tensor, rule: Rule,
+    group: dict,
+) -> None:  # fmt: skip
+    """W <- (1 - lr * weight_decay) W - lr * scale * U, for the blocks that move.
+
+    With a graft, scale * U has the norm of the graft's own step, and where a block has no root yet
+    (U is 0), or its parameter has not started, it is that step.
+    """
+    own_norms = averages.squared_norms.sqrt().to(batch.dtype)
+    updates, norms = _updates(batch, inputs, averages, batch.split(own_norms), rule, group)
+    scale = _root_bias(batch, steps, rule, group) / rule.momentum_bias(steps)
+    if group["graft"] is not None:
+        ready, started = norms > 0, _started(batch, inputs, group)
+        ready = ready if started is None else ready & started
+        updates = _ready(batch, ready, updates, averages.own)
+        scale = torch.where(ready, scale * own_norms / norms, scale)
+        norms = torch.where(ready, norms, own_norms)
+    if group["max_update_rms"] is not None:
+        scale = _clipped(batch, scale, norms, group["max_update_rms"])
     lr = group["lr"]
     rate = (lr.reshape(()) if isinstance(lr, Tensor) else lr) * moves
-    packed = part.pack(weights).to(part.dtype)
-    if group["weight_decay"] and group["decoupled_weight_decay"]:
-        packed.mul_(per_block(1 - rate * group["weight_decay"]))
-    packed.addcmul_(update, per_block(-rate * scale))
-    part.unpack_(weights, packed)
+    decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
+    batch.apply_(inputs.weights, 1 - rate * decay, -rate * scale, updates)
+
+
+def _ready(
+    batch: Batch, ready: Tensor, updates: list[Tensor], own: list[Tensor | None]
+) -> list[Tensor]:
+    """U where ready (blocks,) is true, else the graft's own step."""
+    if batch.device.type == "cpu" and ready.all():
+        return updates
+    return [
+        update
+        if instead is None or instead is update
+        else torch.where(here.view(-1, 1, 1), update, instead)
+        for update, instead, here in zip(updates, own, batch.split(ready), strict=True)
+    ]
+
+
+def _updates(
+    batch: Batch, inputs: Inputs, averages: Averages, own_norms: list[Tensor], rule: Rule,
+    group: dict,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """U (b, m, n) of every part, and the norms (blocks,)."""
+    updates, norms = [], []
+    for part, momentum, own, norm in zip(
+        batch.parts, averages.momenta, averages.own, own_norms, strict=True
+    ):
+        if part.key.sides and group["application"] == "soap":
+            if _preconditions(part, inputs, group):
+                own = eigenbasis.direction(part, momentum, rule, group["precision"])
+            else:
+                own = direction(momentum, part.extra["exp_avg_sq"], part.steps, rule)
+            norm = block_norms(own)
+        elif _preconditions(part, inputs, group):
+            own, norm = factors.apply_roots(part, momentum, group["precision"])
+        updates.append(own)
+        norms.append(norm)
+    return updates, batch.join(norms)
+
+
+def _root_bias(batch: Batch, steps: Tensor, rule: Rule, group: dict) -> Tensor:
+    """(blocks,); 1 for what roots are applied to without a graft."""
+    found = rule.root_bias(steps)
+    if group["graft"] is not None or group["application"] == "soap":
+        return found
+    by_part = zip(batch.parts, batch.split(found), strict=True)
+    return batch.join([torch.ones_like(x) if part.key.sides else x for part, x in by_part])
+
+
+def _started(batch: Batch, inputs: Inputs, group: dict) -> Tensor | None:
+    """(blocks,) bool: whose parameter is past start_step; None where all are."""
+    steps = [inputs.steps[block.parameter] for part in batch.parts for block in part.blocks]
+    if min(steps) >= group["start_step"]:
+        return None
+    flags = torch.tensor([step >= group["start_step"] for step in steps])
+    return flags.to(batch.device, non_blocking=True)
+
+
+def _clipped(batch: Batch, scale: Tensor, norms: Tensor, limit: float) -> Tensor:
+    """The scale with which the root mean square of each block with a factor is at most `limit`.
+
+    Source: update clipping of Adafactor (arXiv 1804.04235), U / max(1, RMS(U) / d).
+    """
+    limits = [
+        norm / (limit * math.sqrt(part.key.m * part.key.n)) if part.key.sides else norm * 0
+        for part, norm in zip(batch.parts, batch.split(norms), strict=True)
+    ]
+    return scale / (scale * batch.join(limits)).clamp(min=1)

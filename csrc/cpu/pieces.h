@@ -1,0 +1,79 @@
+// Pieces of many tensors by chunks: what packing, updating and averaging them have in common.
+#pragma once
+
+#include <algorithm>
+
+#include "../numbers.h"
+#include "parallel.h"
+
+namespace shampoo {
+
+// f(T{}) with the type that `dtype` stands for.
+template <class F>
+void with_type(int64_t dtype, const F& f) {
+  switch (DType(dtype)) {
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+    case DType::kFloat64:
+      return f(double{});
+  }
+}
+
+// f(row, column, count, at) for every run of a row in a chunk, whose first element is number `at`
+// of the piece.
+template <class P, class F>
+void for_runs(const P& piece, int64_t chunk, const F& f) {
+  int64_t at = chunk * kChunkElements;
+  const int64_t end = std::min(at + kChunkElements, piece.rows * piece.columns);
+  while (at < end) {
+    const int64_t row = at / piece.columns, column = at % piece.columns;
+    const int64_t count = std::min(end - at, piece.columns - column);
+    f(row, column, count, at);
+    at += count;
+  }
+}
+
+// f(chunk, its number) for every chunk, on the caller's threads.
+template <class F>
+void for_chunks(const PieceChunk* chunks, int64_t count, const Parallel& parallel, const F& f) {
+  constexpr int64_t kGrain = 4;  // chunks: less is not worth waking a thread for
+  for_each(parallel, count, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) f(chunks[c], c);
+  });
+}
+
+// out[i] <- the sum of sums[c] over the chunks c of piece i, in order: the same for any threads.
+inline void sum_chunks(const PieceChunk* chunks, int64_t chunk_count, int64_t pieces,
+                       const double* sums, double* out) {
+  std::fill(out, out + pieces, 0.0);
+  for (int64_t c = 0; c < chunk_count; ++c) out[chunks[c].piece] += sums[c];
+}
+
+// The sum of of(e)^2 over e < count, in float64, in lanes that a compiler makes vectors of.
+template <class F>
+double squares(int64_t count, const F& of) {
+  constexpr int64_t kLanes = 8;
+  double lanes[kLanes] = {};
+  int64_t e = 0;
+  for (; e + kLanes <= count; e += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const double x = of(e + lane);
+      lanes[lane] += x * x;
+    }
+  }
+  for (; e < count; ++e) lanes[0] += of(e) * of(e);
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+template <class T>
+double squares(const T* x, int64_t count) {
+  return squares(count, [&](int64_t e) { return double(x[e]); });
+}
+
+}  // namespace shampoo

@@ -1,0 +1,87 @@
+"""Parts of stacks that are stepped together: what all their blocks go through is one call."""
+
+from collections.abc import Container, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from shampoo_kernels.ops.pack import Pieces
+from shampoo_kernels.optim import stacks
+from shampoo_kernels.optim.stacks import HALVES, Matrices, Stack
+
+
+class Batch:
+    """Parts of one parameter dtype on one device. Numbers of each block are (blocks,), in order."""
+
+    def __init__(self, parts: Sequence[tuple[int, Stack]]) -> None:
+        """`parts`: (the position of its first block, what turns go by, part)."""
+        self.positions = [position for position, _ in parts]
+        self.parts = [part for _, part in parts]
+        self.sizes = [len(part.blocks) for part in self.parts]
+        self.dtype, self.device = self.parts[0].dtype, self.parts[0].device
+
+    def count_(self, moves: Tensor) -> Tensor:
+        """Count the gradients of the blocks that move; returns those seen (blocks,)."""
+        steps = [part.steps for part in self.parts]
+        torch._foreach_add_(steps, self.split(moves))
+        return self.join(steps)
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """(blocks,) by part."""
+        return list(x.split(self.sizes))
+
+    def join(self, numbers: Sequence[Tensor]) -> Tensor:
+        """Those of each part as (blocks,)."""
+        return numbers[0] if len(numbers) == 1 else torch.cat(list(numbers))
+
+    def empty(self, dtype: torch.dtype) -> list[Tensor]:
+        """A stack (b, m, n) for each part."""
+        return [
+            torch.empty(size, part.key.m, part.key.n, dtype=dtype, device=self.device)
+            for size, part in zip(self.sizes, self.parts, strict=True)
+        ]
+
+    def gradients(self, grads: Matrices, negate: bool) -> tuple[list[Tensor], Tensor]:
+        """Stacks in the dtype of the state, 16-bit ones as they are, and moves (blocks,).
+
+        moves is 1, or 0 for a block that is not finite, which becomes 0, because 0 * NaN is not 0.
+        Squares enter the moments, so that they count too.
+        """
+        pieces = self._pieces(grads)
+        dtype = pieces[0].dtype if pieces[0].dtype in HALVES else self.dtype
+        packed = self.empty(dtype)
+        squares = Pieces(pieces, packed).pack_finite_(negate)
+        return packed, (squares.to(self.dtype) < torch.inf).to(self.dtype)
+
+    def pack(self, matrices: Matrices) -> list[Tensor]:
+        """The blocks as stacks in the dtype of the state."""
+        packed = self.empty(self.dtype)
+        Pieces(self._pieces(matrices), packed).pack_()
+        return packed
+
+    def apply_(
+        self, matrices: Matrices, decay: Tensor, step: Tensor, updates: Sequence[Tensor]
+    ) -> None:
+        """W <- decay W + step U for every block, decay and step (blocks,)."""
+        Pieces(self._pieces(matrices), updates).apply_(decay, step)
+
+    def _pieces(self, matrices: Matrices) -> list[Tensor]:
+        return [piece for part in self.parts for piece in part.pieces(matrices)]
+
+
+def batches(every: Iterable[Stack], present: Container[int], position: int) -> Iterator[Batch]:
+    """The blocks of the parameters in `present`, in batches whose packed form takes at most
+    PART_BYTES; `position` is that of the first block with a factor among all."""
+    waiting: list[tuple[int, Stack]] = []
+    room = stacks.PART_BYTES
+    for stack in every:
+        for start, part in stack.parts(present):
+            size = part.bytes()
+            if waiting and (size > room or waiting[0][1].key.rest != part.key.rest):
+                yield Batch(waiting)
+                waiting, room = [], stacks.PART_BYTES
+            waiting.append((position + stack.first + start, part))
+            room -= size
+        position += stack.total if stack.key.sides else 0
+    if waiting:
+        yield Batch(waiting)
