@@ -55,7 +55,8 @@ class Pieces:
     @functools.cached_property
     def table(self) -> tuple[Tensor, Tensor]:
         """Piece and PieceChunk of kernels.h: int64 (pieces, 8), int32 (chunks, 2)."""
-        rows, counts = [], []
+        rows: list[tuple[int, ...]] = []
+        counts: list[int] = []
         for stack, pieces in self._by_stack():
             count, m, n = stack.shape
             place, size = stack.data_ptr(), m * n * stack.element_size()

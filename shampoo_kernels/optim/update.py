@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.ops.moments import Averages, Entry, Rule, average_squares_, direction, moments_
-from shampoo_kernels.ops.norms import block_norms
+from shampoo_kernels.ops.norms import block_norms, per_block
 from shampoo_kernels.optim import eigenbasis, factors, statistics, turns
 from shampoo_kernels.optim.batch import Batch
 from shampoo_kernels.optim.stacks import Stack
@@ -62,7 +62,7 @@ def _gradients(batch: Batch, inputs: Inputs, group: dict) -> tuple[list[Tensor],
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
         weights = batch.pack(inputs.weights)
         grads = [
-            torch.where(move.view(-1, 1, 1) > 0, grad + group["weight_decay"] * weight, 0)
+            torch.where(per_block(move) > 0, grad + group["weight_decay"] * weight, 0)
             for grad, weight, move in zip(grads, weights, batch.split(moves), strict=True)
         ]
     return grads, moves
@@ -148,19 +148,24 @@ def _updates(
     group: dict,
 ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """U (b, m, n) of every part, and the norms (blocks,)."""
-    updates, norms = [], []
-    for part, momentum, own, norm in zip(
+    updates: list[Tensor] = []
+    norms: list[Tensor] = []
+    for part, momentum, own, own_norm in zip(
         batch.parts, averages.momenta, averages.own, own_norms, strict=True
     ):
+        preconditions = _preconditions(part, inputs, group)
         if part.key.sides and group["application"] == "soap":
-            if _preconditions(part, inputs, group):
-                own = eigenbasis.direction(part, momentum, rule, group["precision"])
+            if preconditions:
+                update = eigenbasis.direction(part, momentum, rule, group["precision"])
             else:
-                own = direction(momentum, part.extra["exp_avg_sq"], part.steps, rule)
-            norm = block_norms(own)
-        elif _preconditions(part, inputs, group):
-            own, norm = factors.apply_roots(part, momentum, group["precision"])
-        updates.append(own)
+                update = direction(momentum, part.extra["exp_avg_sq"], part.steps, rule)
+            norm = block_norms(update)
+        elif preconditions:
+            update, norm = factors.apply_roots(part, momentum, group["precision"])
+        else:
+            assert own is not None
+            update, norm = own, own_norm
+        updates.append(update)
         norms.append(norm)
     return updates, batch.join(norms)
 
