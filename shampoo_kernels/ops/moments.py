@@ -55,8 +55,8 @@ class Averages(NamedTuple):
     """What came of the entries, stack by stack."""
 
     momenta: list[Tensor]  # (b, m, n)
-    own: list[Tensor | None]  # T (b, m, n), where it was wanted
-    squared_norms: Tensor  # (blocks,) float64: of T, where it was not wanted of the momentum
+    own: list[Tensor]  # T (b, m, n), where it was not wanted the momentum
+    squared_norms: Tensor  # (blocks,) float64, of `own`
 
 
 def moments_(entries: Sequence[Entry], moves: Tensor, steps: Tensor, rule: Rule) -> Averages:
@@ -80,22 +80,22 @@ def moments_(entries: Sequence[Entry], moves: Tensor, steps: Tensor, rule: Rule)
             average_squares_(exp_avg_sq, entry.grad, move, rule)
             torch._foreach_copy_(list(entry.exp_avg_sqs), exp_avg_sq.unbind())
         momenta.append(momentum)
-        own.append(direction(momentum, exp_avg_sq, step, rule) if entry.wanted else None)
-        norms.append(block_norms(momentum if own[-1] is None else own[-1]))
+        own.append(direction(momentum, exp_avg_sq, step, rule) if entry.wanted else momentum)
+        norms.append(block_norms(own[-1]))
     return Averages(momenta, own, torch.cat(norms).double().square())
 
 
 def _by_kernel(entries: Sequence[Entry], moves: Tensor, steps: Tensor, rule: Rule) -> Averages:
     """One call for all, by a table of MomentPiece (kernels.h)."""
     momenta = [torch.empty_like(entry.grad) for entry in entries]
-    own: list[Tensor | None] = []
+    own: list[Tensor] = []
     rows, sizes = [], []
     for entry, momentum in zip(entries, momenta, strict=True):
         squares, grad = entry.exp_avg_sqs, entry.grad
         count, m, n = grad.shape
         size = m * n * grad.element_size()
         step = torch.empty_like(grad) if entry.wanted and squares is not None else None
-        own.append(momentum if entry.wanted and step is None else step)
+        own.append(momentum if step is None else step)
         starts = [0 if x is None else x.data_ptr() for x in (grad, momentum, step)]
         for i, average in enumerate(entry.exp_avgs):
             square = 0 if squares is None else squares[i].data_ptr()

@@ -11,7 +11,10 @@ from shampoo_kernels.optim.stacks import HALVES, Matrices, Stack
 
 
 class Batch:
-    """Parts of one parameter dtype on one device. Numbers of each block are (blocks,), in order."""
+    """Parts of one parameter dtype on one device, all with factors or all without.
+
+    Numbers of each block are (blocks,), in order.
+    """
 
     def __init__(self, parts: Sequence[tuple[int, Stack]]) -> None:
         """`parts`: (the position of its first block, what turns go by, part)."""
@@ -19,6 +22,7 @@ class Batch:
         self.parts = [part for _, part in parts]
         self.sizes = [len(part.blocks) for part in self.parts]
         self.dtype, self.device = self.parts[0].dtype, self.parts[0].device
+        self.has_factors = bool(self.parts[0].key.sides)
 
     def count_(self, moves: Tensor) -> Tensor:
         """Count the gradients of the blocks that move; returns those seen (blocks,)."""
@@ -72,16 +76,18 @@ class Batch:
 def batches(every: Iterable[Stack], present: Container[int], position: int) -> Iterator[Batch]:
     """The blocks of the parameters in `present`, in batches whose packed form takes at most
     PART_BYTES; `position` is that of the first block with a factor among all."""
-    waiting: list[tuple[int, Stack]] = []
-    room = stacks.PART_BYTES
+    waiting: dict[tuple, list[tuple[int, Stack]]] = {}
+    room: dict[tuple, int] = {}
     for stack in every:
+        alike = bool(stack.key.sides), stack.key.rest
         for start, part in stack.parts(present):
             size = part.bytes()
-            if waiting and (size > room or waiting[0][1].key.rest != part.key.rest):
-                yield Batch(waiting)
-                waiting, room = [], stacks.PART_BYTES
-            waiting.append((position + stack.first + start, part))
-            room -= size
+            if size > room.get(alike, 0) and waiting.get(alike):
+                yield Batch(waiting.pop(alike))
+            if not waiting.get(alike):
+                room[alike] = stacks.PART_BYTES
+            waiting.setdefault(alike, []).append((position + stack.first + start, part))
+            room[alike] -= size
         position += stack.total if stack.key.sides else 0
-    if waiting:
-        yield Batch(waiting)
+    for parts in waiting.values():
+        yield Batch(parts)
