@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from shampoo_kernels.optim import gathering, stacks
+from shampoo_kernels.optim import stacks
 from shampoo_kernels.optim.blocks import LEFT, Block, Cut, StackKey, cut, stack_blocks
-from shampoo_kernels.optim.exchange import chunks, row_bounds
-from shampoo_kernels.optim.sharding import cost, owners
+from shampoo_kernels.optim.distributed import gathering
+from shampoo_kernels.optim.distributed.exchange import chunks, row_bounds
+from shampoo_kernels.optim.distributed.sharding import cost, owners
 
 RANKS = (8, 32, 128, 256, 512, 1024)
 BLOCK_SIZE, MAX_DIMENSION = 1024, 8192  # the defaults

@@ -8,7 +8,7 @@ from torch import nn
 from training import gradients, parameters, train
 
 from shampoo_kernels import Shampoo
-from shampoo_kernels.optim import gathering
+from shampoo_kernels.optim.distributed import gathering
 
 pytestmark = ranks.pytestmark
 

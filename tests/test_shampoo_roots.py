@@ -52,7 +52,7 @@ def test_without_a_root_a_block_takes_the_graft_alone(monkeypatch):
     """As on a device where the roots wait for their turn."""
     monkeypatch.setattr(turns, "due", lambda *_: ((), set()))
     own, theirs = (parameters((6, 4), (6, 4), dtype=torch.float64) for _ in range(2))
-    optimizer = Shampoo(own, lr=0.01)
+    optimizer = Shampoo(own, lr=0.01, nesterov=False)
     adamw = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95))
     for each, pair in ((optimizer, own), (adamw, theirs)):
         train(each, [(p, gradients((6, 4), 20, seed=i)) for i, p in enumerate(pair)])

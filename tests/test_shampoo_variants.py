@@ -8,7 +8,8 @@ from shampoo_kernels import Shampoo
 from shampoo_kernels.ops.eigenvalue_bound import eigenvalue_bound
 
 LR, DECAY, B1, B2, BETA, RIDGE = 0.01, 0.1, 0.9, 0.95, 0.8, 1e-3
-COMMON = {"lr": LR, "weight_decay": DECAY, "betas": (B1, B2), "shampoo_beta": BETA, "ridge": RIDGE}
+COMMON = {"lr": LR, "weight_decay": DECAY, "betas": (B1, B2), "shampoo_beta": BETA, "ridge": RIDGE,
+          "nesterov": False}  # fmt: skip
 SHAPE, STEPS = (6, 4), 12
 
 
@@ -142,7 +143,8 @@ def test_no_statistic_depends_on_the_scale_of_the_gradient(statistic, scale, p):
     for factor in (1.0, 1e-6, 1e6):
         (W,) = parameters(SHAPE, dtype=torch.float64)
         before = W.detach().clone()
-        optimizer = Shampoo([W], statistic=statistic, scale=scale, p=p, graft=None, weight_decay=0)
+        optimizer = Shampoo([W], statistic=statistic, scale=scale, p=p, graft=None, weight_decay=0,
+                            nesterov=False)  # fmt: skip
         train(optimizer, [(W, [factor * g for g in gradients(SHAPE, 5)])])
         updates.append(W.detach() - before)
     torch.testing.assert_close(updates[1], updates[0], rtol=1e-6, atol=0)
@@ -166,7 +168,7 @@ def test_least_squares_scaling_fits_the_second_moment():
 def test_of_a_constant_gradient_least_squares_is_the_optimal_scale():
     """c minimises ‖g gᵀ - c R ⊗ L‖, which is measured with the dense matrices."""
     (W,), G = parameters(SHAPE, dtype=torch.float64), gradients(SHAPE, 1)[0]
-    optimizer = Shampoo([W], scale="least_squares", graft=None)
+    optimizer = Shampoo([W], scale="least_squares", graft=None, nesterov=False)
     train(optimizer, [(W, [G] * 3)])
     state = optimizer.state[W]
     correction = 1 - 0.95**3
@@ -290,7 +292,8 @@ def test_soap_is_adam_in_the_eigenbasis(method, every, p):
 def test_soap_before_its_start_is_adamw():
     (W,), (V,) = (parameters(SHAPE, dtype=torch.float64) for _ in range(2))
     grads = gradients(SHAPE, 5)
-    train(Shampoo([W], application="soap", graft=None, start_step=6), [(W, grads)])
+    optimizer = Shampoo([W], application="soap", graft=None, start_step=6, nesterov=False)
+    train(optimizer, [(W, grads)])
     train(torch.optim.AdamW([V], betas=(0.9, 0.95)), [(V, grads)])
     torch.testing.assert_close(W, V, rtol=0, atol=1e-14)
 

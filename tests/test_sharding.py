@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from training import parameters
 
 from shampoo_kernels import Shampoo
-from shampoo_kernels.optim import gathering, sharding, team
 from shampoo_kernels.optim.blocks import StackKey, cut, stack_blocks
-from shampoo_kernels.optim.exchange import chunks, pieces, row_bounds
+from shampoo_kernels.optim.distributed import gathering, sharding, team
+from shampoo_kernels.optim.distributed.exchange import chunks, pieces, row_bounds
 
 STACKS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 1000)), max_size=6)
 SHAPES = [(40, 24), (7,), (24, 40), (17, 3, 3), (40, 24), (64, 8), (5, 1, 4), (1, 6, 5), (2, 2)]

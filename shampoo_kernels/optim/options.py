@@ -11,9 +11,9 @@ from shampoo_kernels.ops.common import PRECISIONS
 from shampoo_kernels.ops.inverse_root import METHODS
 from shampoo_kernels.ops.moments import GRAFTS
 from shampoo_kernels.optim.combinations import check_combinations
+from shampoo_kernels.optim.distributed.team import is_process_group
 from shampoo_kernels.optim.eigenbasis import BASIS_METHODS
 from shampoo_kernels.optim.factors import SCALES
-from shampoo_kernels.optim.team import is_process_group
 from shampoo_kernels.optim.turns import REFRESHES
 
 CHOICES: dict[str, tuple] = {

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from shampoo_kernels.optim.batch import batches
 from shampoo_kernels.optim.blocks import Cut
+from shampoo_kernels.optim.distributed.team import Share, is_dtensor
 from shampoo_kernels.optim.layout import MOMENTS, STRUCTURE
 from shampoo_kernels.optim.stacks import build, cut_parameter
 from shampoo_kernels.optim.state import check_state
-from shampoo_kernels.optim.team import Share, is_dtensor
 from shampoo_kernels.optim.update import Inputs, step_
 
 

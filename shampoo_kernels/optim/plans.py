@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from shampoo_kernels.optim.distributed.replicas import ReplicaPlan
+from shampoo_kernels.optim.distributed.shards import ShardPlan
+from shampoo_kernels.optim.distributed.team import Share
 from shampoo_kernels.optim.plan import Plan
-from shampoo_kernels.optim.replicas import ReplicaPlan
-from shampoo_kernels.optim.shards import ShardPlan
-from shampoo_kernels.optim.team import Share
 
 
 def make(group: dict, states: Mapping[Tensor, dict], share: Share | None) -> Plan:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.optim import options
+from shampoo_kernels.optim.distributed.team import team_of
 from shampoo_kernels.optim.state import check_state
-from shampoo_kernels.optim.team import team_of
 
 # Of the state's layout; every param group carries it. In version 1 a root that had not been
 # computed was the identity, and long sides were split into other pieces.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.optim import metrics, options, plans, saving, turns
+from shampoo_kernels.optim.distributed.team import Share, agree, description, shares
 from shampoo_kernels.optim.plan import Plan, check_gradients, check_states, members
-from shampoo_kernels.optim.team import Share, agree, description, shares
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class Shampoo(torch.optim.Optimizer):
     """Shampoo as the square of the original: W <- W - lr * tr(L)^(1/p) L^(-1/p) M R^(-1/p).
 
-    L and R are running averages of G Gᵀ and Gᵀ G over blocks of every weight matrix, M of G. With
-    graft="adam" every block's update takes the norm of AdamW's, so that AdamW's learning rate is
-    where to start (the best one was 1 to 3 times as large in our runs). Parameters without a factor
-    (vectors, scalars, and groups with precondition=False) run AdamW itself, so one optimizer covers
-    a model; `split_params` makes the groups. Every option can be set per param group. Moments,
-    statistics and roots are float32, float64 for float64 parameters.
+    L and R are running averages of G Gᵀ and Gᵀ G over blocks of every weight matrix, M is Nesterov's
+    momentum. With graft="adam" every block's update takes the norm of Adam's own with that
+    momentum, so that AdamW's learning rate is where to start (the best one was larger in our runs).
+    Parameters without a factor (vectors, scalars, and groups with precondition=False) run AdamW
+    itself, so one optimizer covers a model; `split_params` makes the groups. Every option can be
+    set per param group. Moments, statistics and roots are float32, float64 for float64 parameters.
 
     Args:
         params: parameters, named parameters or param groups, as in torch.optim.
@@ -36,11 +36,12 @@ class Shampoo(torch.optim.Optimizer):
         p: the root, a number or (left, right); None on a side: no factor there. 2 is the paper's,
             4 the original Shampoo, 1 the Hessian view.
         ridge: L + ridge * eigenvalue_bound(L) * I is what gets inverted, and R likewise. Smaller
-            ones amplify directions that have hardly been seen, which costs the first steps most.
+            ones amplify directions that have hardly been seen, which costs the first steps most,
+            and cost more iterations: p = 2 takes 17 products at 2e-4, 21 at 1e-4, 25 at 1e-6.
         statistic: what L and R are averages of: "shampoo", "frobenius" or "kl", see
             `statistics.update_`. "kl" needs p = 2.
         graft: the method whose norm a block's update takes: "adam", "rmsprop", "adagrad" or "sgd",
-            of the same momentum, see `graft.direction`; parameters without a factor run it. None:
+            of the same momentum, see `ops.moments.Rule`; parameters without a factor run it. None:
             the update's own scale, and AdamW where there is no factor.
         block_size: longer sides are split into blocks of at most this length.
         max_dimension: a side longer than this has no factor and is not split.
@@ -49,7 +50,8 @@ class Shampoo(torch.optim.Optimizer):
             once, up to twice as many steps pass between two roots.
         start_step: the first step that is preconditioned; before it the graft alone is used.
         root_method, precision: as in `inverse_root`; "auto" is the fastest.
-        nesterov: look ahead by one gradient in the momentum.
+        nesterov: the momentum of blocks with a factor looks ahead by one gradient, in the graft's
+            norm too. Without it our runs took about a tenth more steps to the same loss.
         maximize: ascend.
         capturable: keep `step` on the device, as in torch.optim; for parameters on an accelerator.
         root_dtype: dtype in which the roots are kept, torch.float64, float32 or bfloat16; None is
@@ -118,7 +120,7 @@ class Shampoo(torch.optim.Optimizer):
         *,
         shampoo_beta: float = 0.95,
         p: float | tuple[float | None, float | None] = 2,
-        ridge: float = 1e-4,
+        ridge: float = 2e-4,
         statistic: str = "shampoo",
         graft: str | None = "adam",
         block_size: int = 1024,
@@ -127,7 +129,7 @@ class Shampoo(torch.optim.Optimizer):
         start_step: int = 1,
         root_method: str = "auto",
         precision: str = "highest",
-        nesterov: bool = False,
+        nesterov: bool = True,
         maximize: bool = False,
         capturable: bool = False,
         root_dtype: torch.dtype | None = None,

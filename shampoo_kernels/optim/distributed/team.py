@@ -8,8 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_kernels.optim import sharding
 from shampoo_kernels.optim.blocks import Block
+from shampoo_kernels.optim.distributed import sharding
 from shampoo_kernels.optim.layout import STRUCTURE
 from shampoo_kernels.optim.stacks import cut_parameter
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_kernels.optim.blocks import Block, StackKey
+from shampoo_kernels.optim.distributed.team import Team
 from shampoo_kernels.optim.stacks import Matrices
-from shampoo_kernels.optim.team import Team
 
 # Bytes that one collective leaves on every rank. Two are in flight at most.
 GATHER_BYTES = 256 << 20

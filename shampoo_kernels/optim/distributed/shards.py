@@ -19,10 +19,10 @@ from torch import Tensor
 from shampoo_kernels.optim import stacks
 from shampoo_kernels.optim.batch import batches
 from shampoo_kernels.optim.blocks import Block, Cut, stack_blocks
-from shampoo_kernels.optim.exchange import Chunk, Swap, chunks, row_bounds
+from shampoo_kernels.optim.distributed.exchange import Chunk, Swap, chunks, row_bounds
+from shampoo_kernels.optim.distributed.team import Share, Team
 from shampoo_kernels.optim.plan import Plan
 from shampoo_kernels.optim.stacks import Matrices, Stack, cut_parameter, state_dtype
-from shampoo_kernels.optim.team import Share, Team
 from shampoo_kernels.optim.update import Inputs, step_
 
 # What travels to the owner of a block, and what comes back.

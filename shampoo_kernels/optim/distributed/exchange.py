@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_kernels.optim.blocks import Block, StackKey
-from shampoo_kernels.optim.team import Team
+from shampoo_kernels.optim.distributed.team import Team
 
 Bounds = Sequence[Sequence[int]]  # by parameter and rank: its rows are bounds[rank:rank + 2]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from shampoo_kernels.optim.batch import batches
 from shampoo_kernels.optim.blocks import Block, stack_blocks
-from shampoo_kernels.optim.gathering import Gather, buckets
+from shampoo_kernels.optim.distributed.gathering import Gather, buckets
+from shampoo_kernels.optim.distributed.team import Share
 from shampoo_kernels.optim.plan import Plan
 from shampoo_kernels.optim.stacks import Stack
-from shampoo_kernels.optim.team import Share
 from shampoo_kernels.optim.update import Inputs, follow_, step_
 
 
