@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Shampoo(torch.optim.Optimizer):
     """Shampoo as the square of the original: W <- W - lr * tr(L)^(1/p) L^(-1/p) M R^(-1/p).
 
-    L and R are running averages of G Gᵀ and Gᵀ G over blocks of every weight matrix, M is Nesterov's
+    L and R are running averages of G Gᵀ and Gᵀ G over blocks of every weight matrix, M Nesterov's
     momentum. With graft="adam" every block's update takes the norm of Adam's own with that
     momentum, so that AdamW's learning rate is where to start (the best one was larger in our runs).
     Parameters without a factor (vectors, scalars, and groups with precondition=False) run AdamW
