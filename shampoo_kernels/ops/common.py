@@ -202,6 +202,11 @@ def stack_view(op: str, name: str, tensor: Tensor) -> Tensor:
         ) from None
 
 
+def empty_like(A: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous memory of A's shape; half as long as `new_empty` of a shape."""
+    return torch.empty_like(A, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def mirror_lower(A: Tensor) -> Tensor:
     """The symmetric matrices whose lower triangles A holds; the upper ones are not read."""
     return A.tril() + A.tril(-1).mT

@@ -219,9 +219,9 @@ def _fall_back(
     fallback: str,
 ) -> None:  # fmt: skip
     """Compute the blocks that did not converge again, by eigh; where it fails too, keep them."""
-    again = (status != RootStatus.CONVERGED).nonzero().squeeze(1)
-    if again.numel() == 0:
+    if not status.any():  # CONVERGED is 0
         return
+    again = status.nonzero().squeeze(1)
     part = torch.ops.shampoo_kernels.inverse_root(A[again], p, ridge=ridge, method="eigh")
     solved = part[2] == RootStatus.CONVERGED
     again = again[solved]
@@ -231,7 +231,7 @@ def _fall_back(
 
 def _implementation(A, p, **options) -> tuple[Tensor, Tensor, Tensor]:
     _check(A, p, **options)
-    root = torch.empty(A.shape, dtype=A.dtype, device=A.device)
+    root = common.empty_like(A)
     residual, status = _empty_results(A)
     _compute(root, residual, status, A, p, **options)
     return root, residual, status
@@ -261,7 +261,7 @@ def _check_out(root, residual, status, A, p, **options) -> None:
 
 def _fake(A, p, **options) -> tuple[Tensor, Tensor, Tensor]:
     _check(A, p, **options)
-    return torch.empty(A.shape, dtype=A.dtype, device=A.device), *_empty_results(A)
+    return common.empty_like(A), *_empty_results(A)
 
 
 _OPTIONS = (

@@ -67,10 +67,10 @@ def _half_step(grads: Tensor, factor: Tensor, backend: str, precision: str) -> T
     """
     batch, samples, m, _ = grads.shape
     norm = torch.linalg.vector_norm(factor, dim=(-2, -1), dtype=torch.float64)
-    divisor = torch.where(norm > 0, norm, 1.0)
-    alpha = torch.where(divisor.isfinite() & (norm > 0), 1 / (divisor * max(samples, 1)), 0 * norm)
-    alpha = alpha.to(factor.dtype)
-    weight = (factor / divisor[:, None, None]).to(factor.dtype)
+    divisor = norm.masked_fill(norm == 0, 1.0)
+    one = norm / divisor  # 0 for a zero factor, NaN for one that is not finite
+    alpha = one.div_(divisor * max(samples, 1)).to(factor.dtype)
+    weight = (factor / divisor.view(-1, 1, 1)).to(factor.dtype)
     new = factor.new_empty(batch, m, m)
     gram_ema.accumulate_(
         new, grads, weight, 0.0, 0.0, None, alpha, backend=backend, precision=precision

@@ -44,7 +44,9 @@ def precondition(
     Source: Gupta, Koren, Singer 2018 (arXiv 1802.09568).
     """
     grad, left, right = common.as_tensors(_OP, grad=grad, left=left, right=right)
-    straight = common.check_tensors(_OP, "left", "right", "out", grad=grad, left=left, right=right, out=out)
+    straight = common.check_tensors(
+        _OP, "left", "right", "out", grad=grad, left=left, right=right, out=out
+    )
     if grad.ndim < 2:
         raise ValueError(f"{_OP}: grad must be (*, m, n), got {tuple(grad.shape)}")
     common.check_option(_OP, "precision", precision, common.PRECISIONS)
@@ -93,7 +95,7 @@ def _precondition_(
 def _native_(out: Tensor, grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     left, right = (x if x is None or x.itemsize < 8 else x.float() for x in (left, right))
     by_rows = out.stride(-1) == 1 and out.stride(-2) >= out.shape[-1]
-    dense = out if by_rows else torch.empty_like(out, memory_format=torch.contiguous_format)
+    dense = out if by_rows else common.empty_like(out)
     norm = torch.ops.shampoo_kernels_native.precondition_(dense, grad, left, right)
     if not by_rows:
         out.copy_(dense)
@@ -138,7 +140,7 @@ def _implementation_(out, grad, left, right, *, precision="highest") -> Tensor:
 
 def _implementation(grad, left, right, *, precision="highest") -> tuple[Tensor, Tensor]:
     _check(grad, left, right, precision=precision)
-    out = grad.new_empty(grad.shape, dtype=_dtype(grad))
+    out = common.empty_like(grad, _dtype(grad))
     return out, _precondition_(out, grad, left, right, precision)
 
 
@@ -149,7 +151,7 @@ def _fake_(out, grad, left, right, *, precision="highest") -> Tensor:
 
 def _fake(grad, left, right, *, precision="highest") -> tuple[Tensor, Tensor]:
     _check(grad, left, right, precision=precision)
-    out = grad.new_empty(grad.shape, dtype=_dtype(grad))
+    out = common.empty_like(grad, _dtype(grad))
     return out, out.new_empty(out.shape[0])
 
 
