@@ -7,7 +7,6 @@ from shampoo_kernels.chooser import choose_for
 from shampoo_kernels.ops import common, small
 
 _OP = "power_iteration"
-_MOST_N = 512  # on a CPU: a larger block is work for all threads, which torch's products share out
 
 
 def power_iteration(A: Tensor, steps: int = 10, vectors: int = 16) -> Tensor:
@@ -97,8 +96,7 @@ def _check(A: Tensor, steps: int, vectors: int) -> None:
 def _implementation(A: Tensor, steps: int, vectors: int) -> Tensor:
     _check(A, steps, vectors)
     backend = choose_for(_OP, A)
-    one_thread_each = A.is_cpu and A.shape[-1] <= _MOST_N
-    if backend == "native" and A.numel() and (one_thread_each or small.takes_power(A, vectors)):
+    if backend == "native" and A.numel() and (A.is_cpu or small.takes_power(A, vectors)):
         return torch.ops.shampoo_kernels_native.power_iteration(A, steps, vectors)
     if backend == "triton":
         from shampoo_kernels.kernels import power_iteration as kernels
