@@ -101,9 +101,10 @@ def choose(op: str, device: str, dtype: torch.dtype) -> str:
     return "reference"
 
 
-def choose_for(op: str, tensor: torch.Tensor) -> str:
-    """`choose` for the device and dtype of `tensor`."""
-    return choose(op, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
+def choose_for(op: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """`choose` for the device of `tensor`, and its dtype where none is given."""
+    device = "cpu" if tensor.is_cpu else tensor.device.type
+    return choose(op, device, dtype or tensor.dtype)
 
 
 def _variable() -> str | None:
