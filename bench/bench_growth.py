@@ -1,14 +1,16 @@
 """How cost grows: every op on a grid of block size and number of blocks, ours, our reference, and
-the torch one-liner; and how many torch operations a step makes as layers are added.
+the torch one-liner; how many torch operations a step makes as layers are added; and what is left to
+each of several processes.
 
 The grid is what the heat map, the crossover of the backends and the fitted slopes are drawn from.
 """
 
 import counting
+import processes
 import pytest
 import restated
 import torch
-from cases import Damped, relative
+from cases import Damped, relative, transformer_layer
 from conftest import QUICK, SECONDS_A_ROW
 from judging import errors_of
 
@@ -23,6 +25,8 @@ GRID = [
 ]
 GRID += [] if QUICK else [(1, 2048)]
 LAYERS = (1, 4, 16) if QUICK else (1, 4, 16, 64)
+RANKS = (1, 2) if QUICK else (1, 2, 3, 4)
+SHARED = 2 * transformer_layer(64) if QUICK else 8 * transformer_layer(128)
 
 
 def reference(function):
@@ -111,3 +115,22 @@ def bench_operations(note):
         counts = {layers: counting.operations(make, layers * layer) for layers in LAYERS}
         columns = {f"{layers} layers": count for layers, count in counts.items()}
         note("torch operations a step", optimizer=name, **columns)
+
+
+@pytest.mark.skipif(not processes.available(), reason="torch has no gloo here")
+def bench_ranks(note):
+    for count in RANKS:
+        found = processes.shares(SHARED, count)
+        busiest = processes.Share(*map(max, zip(*found, strict=True)))
+        note(
+            "ranks: what the busiest has of a step",
+            ranks=count,
+            **{
+                "part of the work": processes.work(SHARED, count),
+                "MiB of statistics and roots": busiest.kept / 2**20,
+                "MiB sent": busiest.sent / 2**20,
+                "collectives": busiest.collectives,
+                "ms of a core": 1e3 * busiest.spent,
+                "ms, all ranks on the cores of this machine": 1e3 * busiest.passed,
+            },
+        )

@@ -28,7 +28,9 @@ def draw_all(results: dict, folder: Path) -> dict[str, str]:
         rows.setdefault(op_of(row), []).append(row)
     grown = {op: rows[op] for op in GROWN if op in rows}
     roots = rows.get("inverse_root: roots", [])
-    counted = results.get("tables", {}).get("torch operations a step", [])
+    tables = results.get("tables", {})
+    counted = tables.get("torch operations a step", [])
+    shared = tables.get("ranks: what the busiest has of a step", [])
     drawn = {}
     for name, what, draw, data in (
         ("speedup", "Times faster than the torch one-liner, by n and number of blocks",
@@ -37,6 +39,8 @@ def draw_all(results: dict, folder: Path) -> dict[str, str]:
          draw_roots, roots),
         ("growth", "How cost grows, with fitted slopes in the logarithms", draw_growth, grown),
         ("layers", "Torch operations a step as layers are added", draw_layers, counted),
+        ("ranks", "What is left to the busiest of several processes, against one",
+         draw_ranks, shared[1:] and shared),
         ("crossover", "Time of our reference over that of ours: above 1 the kernels win",
          draw_crossover, grown),
     ):  # fmt: skip
@@ -163,6 +167,24 @@ def draw_layers(rows: list[dict]) -> Figure:
                    label=f"{row['optimizer']}: {slope(xs[-2:], ys[-2:]):.2f}")  # fmt: skip
     panel.set(xscale="log", yscale="log", xlabel="layers", ylabel="torch operations a step")
     panel.set_title("slope of the last two")
+    panel.legend(fontsize=7)
+    return figure
+
+
+def draw_ranks(rows: list[dict]) -> Figure:
+    """Every column over what one rank has of it; what is sent, of which one has none, over the
+    least."""
+    figure, (panel,) = _panels(1, width=5.5)
+    columns = [name for name in rows[0] if name not in ("ranks", "collectives")]
+    for i, name in enumerate(columns):
+        points = [(row["ranks"], row[name]) for row in rows if row[name]]
+        xs, ys = zip(*points, strict=True)
+        label = f"{name}: {slope(xs, ys):.2f}" if len(xs) > 1 else name
+        panel.plot(xs, [y / ys[0] for y in ys], marker=MARKERS[i], color=COLOURS[i], label=label)
+    panel.set(xscale="log", yscale="log", xlabel="ranks", ylabel="of the busiest, relative")
+    panel.set_title("slopes")
+    panel.set_xticks([row["ranks"] for row in rows], [str(row["ranks"]) for row in rows])
+    panel.minorticks_off()
     panel.legend(fontsize=7)
     return figure
 

@@ -42,6 +42,7 @@ STABLE_TORCH_LIBRARY(shampoo_kernels_native, m) {
   m.def(
       "product_(Tensor(a!) out, Tensor left, Tensor right, Tensor? base, float identity, "
       "float beta, float alpha, bool symmetric) -> ()");
+  m.def("precondition_(Tensor(a!) out, Tensor grad, Tensor? left, Tensor? right) -> Tensor");
   m.def("eigenvalue_bound(Tensor A) -> Tensor");
   m.def(
       "inverse_root_eigh_(Tensor A, float p, float ridge, float? rank_rtol, Tensor? previous, "

@@ -67,6 +67,17 @@ struct GramEma {
   int64_t beta_stride, alpha_stride;  // 0: one number for all blocks
 };
 
+// out[b] <- left[b] grad[b] right[b] and norms[b] <- the sum of its squares, in float64, rounded.
+// The bits are those of two products.
+struct Precondition {
+  int64_t blocks, rows, columns;  // of grad and out; any of them may be 0
+  float* out;  // (blocks, rows, columns), column stride 1, overlapping no operand
+  int64_t out_block_stride, out_row_stride;
+  Operand grad, left, right;  // k: the second index of each; left or right without data: identity
+  float* norms;               // (blocks,)
+};
+void precondition(const Precondition& problem, const Parallel& parallel);
+
 // A block's bits depend on that block and on isa() alone. The sums run in float32 over k, then over
 // slabs; products of two 16-bit numbers are exact (bf16 pair instructions flush subnormals to 0).
 void gram_ema(const GramEma& problem, const Parallel& parallel);

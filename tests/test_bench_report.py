@@ -144,14 +144,16 @@ def made_up_run():
         for p in (2, 4) for condition in (1e2, 1e4)
     ]  # fmt: skip
     counted = [{"optimizer": "ours", "1 layers": 10.0, "4 layers": 10.0}]
-    return results(*rows, tables={"torch operations a step": counted})
+    shared = [{"ranks": r, "part of the work": 1 / r, "MiB sent": 4.0 * (r - 1)} for r in (1, 2, 4)]
+    tables = {"torch operations a step": counted, "ranks: what the busiest has of a step": shared}
+    return results(*rows, tables=tables)
 
 
 def test_the_page_and_its_plots(tmp_path, capsys):
     (tmp_path / "cpu.json").write_text(json.dumps(made_up_run()))
     assert report.main([str(tmp_path / "cpu.json")]) == 0
     text = capsys.readouterr().out
-    for name in ("speedup", "roots", "growth", "layers", "crossover"):
+    for name in ("speedup", "roots", "growth", "layers", "ranks", "crossover"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"]({name}.png)" in text
 
@@ -167,6 +169,13 @@ def test_fitted_slopes_and_speedups_are_drawn():
     )
     labels = [text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts()]
     assert labels == ["gram_ema_: 3.00", "baddbmm_: 3.00", "gram_ema_: 1.00", "baddbmm_: 1.00"]
+
+
+def test_slopes_over_ranks_leave_out_zeros():
+    rows = made_up_run()["tables"]["ranks: what the busiest has of a step"]
+    (axis,) = plots.draw_ranks(rows).axes
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["part of the work: -1.00", "MiB sent: 1.58"]  # from 4 to 12: log2 of 3
 
 
 def test_usage(capsys):

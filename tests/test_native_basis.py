@@ -80,3 +80,31 @@ def test_bits_do_not_depend_on_company_or_threads(n):
     company[1::2] = torch.nan
     for x, y in zip(everything(company, Q), expected, strict=True):
         assert torch.equal(x[::2], y[::2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_blocks_are_shared_without_another_bit(dtype):
+    """From 4e6 multiply-adds a product on, the last blocks of a stack keep all threads busy."""
+    X = torch.randn(3, 530, 530, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    A = X @ X.mT
+    expected = on_threads(1, lambda: power_iteration(A, 2))
+    with use_backend("reference"):
+        torch.testing.assert_close(expected, power_iteration(A, 2), rtol=1e-4, atol=0)
+    for threads in (2, 3):
+        assert torch.equal(on_threads(threads, lambda: power_iteration(A, 2)), expected)
+        assert torch.equal(on_threads(threads, lambda: power_iteration(A[2:], 2)), expected[2:])
+    bad = A.clone()
+    bad[2, 400, 3] = torch.nan
+    assert torch.equal(power_iteration(bad, 2)[:2], expected[:2])
+    assert power_iteration(bad, 2)[2].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_power_iteration_scales_with_the_block(dtype):
+    """Exactly by powers of two, blocks whose squares leave the range included."""
+    A = stack(33, dtype)
+    expected = power_iteration(A, 3)
+    most = 100 if dtype == torch.float32 else 900
+    for exponent in (-most, -33, -31, -1, 1, 31, 33, most):
+        factor = torch.tensor(2.0, dtype=dtype) ** exponent
+        assert torch.equal(power_iteration(A * factor, 3) / factor, expected), exponent

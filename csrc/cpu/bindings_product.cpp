@@ -1,4 +1,4 @@
-// gram_ema_ and product_ on a CPU.
+// gram_ema_, product_ and precondition_ on a CPU.
 #include "bindings.h"
 
 namespace {
@@ -24,11 +24,18 @@ DType product_dtype(const char* op, const char* name, const Tensor& t) {
   }
 }
 
+shampoo::Operand matrices(const char* op, const char* name, const Tensor& t) {
+  return {t.const_data_ptr(), product_dtype(op, name, t), t.stride(0), 0, t.stride(1), t.stride(2)};
+}
+
+// (blocks, slabs, rows, k), or (blocks, rows, k) with one slab.
 shampoo::Operand gram_operand(const char* name, const Tensor& t, const Tensor& stat) {
   const char* op = "gram_ema_";
-  check_cpu(op, name, t, 4);
+  const bool one_slab = t.dim() == 3;
+  check_cpu(op, name, t, one_slab ? 3 : 4);
   check_size(op, name, t, 0, stat.size(0));
-  check_size(op, name, t, 2, stat.size(1));
+  check_size(op, name, t, one_slab ? 1 : 2, stat.size(1));
+  if (one_slab) return matrices(op, name, t);
   const DType dtype = product_dtype(op, name, t);
   return {t.const_data_ptr(), dtype, t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
@@ -74,14 +81,43 @@ void product_(Tensor out, Tensor left, Tensor right, std::optional<Tensor> base,
                     added.const_data_ptr<float>(),
                     added.stride(0),
                     added.stride(1),
-                    {left.const_data_ptr(), product_dtype(op, "left", left), left.stride(0), 0,
-                     left.stride(1), left.stride(2)},
+                    matrices(op, "left", left),
                     {right.const_data_ptr(), product_dtype(op, "right", right), right.stride(0), 0,
                      right.stride(2), right.stride(1)},
                     float(identity),
                     float(beta),
                     float(alpha)},
                    torch_threads());
+}
+
+// out <- left @ grad @ right, none being the identity, and at least one there; returns the squared
+// norms.
+Tensor precondition_(Tensor out, Tensor grad, std::optional<Tensor> left,
+                     std::optional<Tensor> right) {
+  const char* op = "precondition_";
+  check_cpu(op, "out", out, 3);
+  const int64_t blocks = out.size(0), rows = out.size(1), columns = out.size(2);
+  auto operand = [&](const char* name, const std::optional<Tensor>& t, int64_t size1,
+                     int64_t size2) -> shampoo::Operand {
+    if (!t.has_value()) return {nullptr, DType::kFloat32, 0, 0, 0, 0};
+    check_cpu(op, name, *t, 3);
+    check_size(op, name, *t, 0, blocks);
+    check_size(op, name, *t, 1, size1);
+    check_size(op, name, *t, 2, size2);
+    return matrices(op, name, *t);
+  };
+  check_rows(op, "out", out);
+  STD_TORCH_CHECK(blocks <= 1 || rows * columns == 0 || out.stride(0) != 0, op,
+                  ": out's blocks overlap");
+  STD_TORCH_CHECK(left.has_value() || right.has_value(), op, ": one factor at least");
+  const int64_t shape[] = {blocks};
+  Tensor norms = torch::stable::new_empty(out, {shape, 1});
+  shampoo::precondition(
+      {blocks, rows, columns, out.mutable_data_ptr<float>(), out.stride(0), out.stride(1),
+       operand("grad", grad, rows, columns), operand("left", left, rows, rows),
+       operand("right", right, columns, columns), norms.mutable_data_ptr<float>()},
+      torch_threads());
+  return norms;
 }
 
 // A factor per block: the tensor's 1 or B numbers, else the float.
@@ -121,14 +157,17 @@ void gram_ema_(Tensor stat, Tensor left, Tensor grad, double beta, double alpha,
   STD_TORCH_CHECK(blocks <= 1 || n == 0 || stat.stride(0) != 0, op, ": stat's blocks overlap");
   const auto left_operand = gram_operand("left", left, stat);
   const auto grad_operand = gram_operand("grad", grad, stat);
-  check_size(op, "grad", grad, 1, left.size(1));
-  check_size(op, "grad", grad, 3, left.size(3));
+  const bool one_slab = left.dim() == 3;
+  const int64_t slabs = one_slab ? 1 : left.size(1), k = left.size(one_slab ? 2 : 3);
+  check_cpu(op, "grad", grad, left.dim());
+  if (!one_slab) check_size(op, "grad", grad, 1, slabs);
+  check_size(op, "grad", grad, one_slab ? 2 : 3, k);
   const Factor betas("beta_tensor", beta, beta_tensor, blocks);
   const Factor alphas("alpha_tensor", alpha, alpha_tensor, blocks);
-  shampoo::gram_ema({blocks, n, left.size(1), left.size(3), stat.mutable_data_ptr<float>(),
-                     stat.stride(0), stat.stride(1), left_operand, grad_operand, betas.data,
-                     alphas.data, betas.stride, alphas.stride},
-                    torch_threads());
+  shampoo::gram_ema(
+      {blocks, n, slabs, k, stat.mutable_data_ptr<float>(), stat.stride(0), stat.stride(1),
+       left_operand, grad_operand, betas.data, alphas.data, betas.stride, alphas.stride},
+      torch_threads());
 }
 
 }  // namespace
@@ -136,4 +175,5 @@ void gram_ema_(Tensor stat, Tensor left, Tensor grad, double beta, double alpha,
 STABLE_TORCH_LIBRARY_IMPL(shampoo_kernels_native, CPU, m) {
   m.impl("gram_ema_", TORCH_BOX(&gram_ema_));
   m.impl("product_", TORCH_BOX(&product_));
+  m.impl("precondition_", TORCH_BOX(&precondition_));
 }

@@ -1,9 +1,12 @@
-// Block power iteration, one block per thread: V <- orth(A V), then |A v| / |v| for the best v in
-// the span of V. orth and the estimate as in cuda/power_iteration.cu: Cholesky of a Gram matrix in
-// double, in which a column that depends on those before becomes zero.
+// Block power iteration, one block per thread, large ones by all: V <- orth(A V), then |A v| / |v|
+// for the best v in the span of V. orth and the estimate as in cuda/power_iteration.cu: Cholesky of
+// a Gram matrix in double, in which a column that depends on those before becomes zero.
 #include <algorithm>
+#include <atomic>
+#include <bit>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "parallel.h"
 #include "product.h"
@@ -14,18 +17,20 @@ namespace {
 
 constexpr double kDependent = 1e-12;  // of a column's squared norm
 constexpr int kSquarings = 10;
+// Blocks whose largest entry lies within 2^32 of 1 are used where they are: no product leaves the
+// range of float32. Others are copied and scaled.
+constexpr int kSafeExponent = 32;
 
-// Scratch of one block: A and V, W as rows of k vectors; L, its spare and y of the k x k problem.
+// Scratch of one block: V, W as rows of k vectors; L, its spare and y of the k x k problem.
 template <class T>
 struct Workspace {
-  T *A, *V, *W;
+  T *V, *W;
   double *gram, *other, *spare, *inverse;
 
   Workspace(int64_t n, int64_t k) {
     static thread_local Scratch scratch;
-    Carve carve(scratch, Carve::bytes<T>(n * n) + 2 * Carve::bytes<T>(n * k) +
-                             3 * Carve::bytes<double>(k * k) + Carve::bytes<double>(k));
-    A = carve.take<T>(n * n);
+    Carve carve(scratch, 2 * Carve::bytes<T>(n * k) + 3 * Carve::bytes<double>(k * k) +
+                             Carve::bytes<double>(k));
     V = carve.take<T>(n * k);
     W = carve.take<T>(n * k);
     gram = carve.take<double>(k * k);
@@ -112,43 +117,81 @@ bool leading_vector(const double* gram, int64_t k, double* power, double* spare,
   return true;
 }
 
-// A, scaled by 2^-exponent, and max |a_ij|, NaN above all.
+// max |a_ij|, NaN above all: the bits of numbers without their sign are in the same order.
 template <class T>
-double copy_scaled(const SymmetricStack<T>& stack, int64_t b, T* A, int& exponent) {
-  const T* a = stack.data + b * stack.block_stride;
-  double largest = 0;
-  for (int64_t i = 0; i < stack.n; ++i) {
-    for (int64_t j = 0; j < stack.n; ++j) {
-      const T x = a[i * stack.row_stride + j * stack.column_stride];
-      const double size = std::abs(double(x));
-      largest = size > largest || size != size ? size : largest;
-      if (largest != largest) return largest;
-      A[i * stack.n + j] = x;
+double largest_of(const SymmetricStack<T>& block, const Parallel& parallel) {
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  const int64_t n = block.n, rows_each = std::max<int64_t>(1, (1 << 16) / n);
+  const int64_t outer = std::max(block.row_stride, block.column_stride);
+  const int64_t inner = std::min(block.row_stride, block.column_stride);
+  std::atomic<Bits> largest{0};
+  for_each(parallel, n, rows_each, [&](int64_t begin, int64_t end) {
+    Bits most = 0;
+    auto scan = [&](const T* row, int64_t stride) {
+      for (int64_t j = 0; j < n; ++j) {
+        most =
+            std::max(most, std::bit_cast<Bits>(row[j * stride]) & std::numeric_limits<Bits>::max());
+      }
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      const T* row = block.data + i * outer;
+      inner == 1 ? scan(row, 1) : scan(row, inner);
+    }
+    Bits before = largest.load();
+    while (before < most && !largest.compare_exchange_weak(before, most)) {
+    }
+  });
+  return double(std::bit_cast<T>(largest.load()));
+}
+
+// The block times 2^-exponent.
+template <class T>
+SymmetricStack<T> scaled_copy(const SymmetricStack<T>& block, int exponent) {
+  static thread_local Scratch scratch;
+  const int64_t n = block.n;
+  T* copy = static_cast<T*>(scratch.reserve(n * n * sizeof(T)));
+  const double factor = std::ldexp(1.0, -std::clamp(exponent, -1000, 1000));
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      copy[i * n + j] =
+          T(double(block.data[i * block.row_stride + j * block.column_stride]) * factor);
     }
   }
-  if (!(largest > 0) || std::isinf(largest)) return largest;
-  std::frexp(largest, &exponent);
-  exponent = std::clamp(exponent, -1000, 1000);
-  const double factor = std::ldexp(1.0, -exponent);
-  for (int64_t i = 0; i < stack.n * stack.n; ++i) A[i] = T(double(A[i]) * factor);
-  return largest;
+  return {copy, 1, n, 0, n, 1};
 }
 
 template <class T>
-double estimate_of(const SymmetricStack<T>& stack, int64_t b, int64_t steps, int64_t k,
-                   const ProductPlan<T>& plan) {
-  const int64_t n = stack.n;
-  Workspace<T> work(n, k);
-  int exponent = 0;
-  const double largest = copy_scaled(stack, b, work.A, exponent);
+ProductPlan<T> plan_of(const SymmetricStack<T>& block, int64_t k) {
+  constexpr DType dtype = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+  const Operand vectors = {nullptr, dtype, 0, 0, block.n, 1};
+  const Operand columns = {nullptr, dtype, 0, 0, block.column_stride, block.row_stride};
+  const ProductShape shape = {k, block.n, 1, block.n, false, false, block.n, block.n};
+  return ProductPlan<T>(current_product_isa(), shape, vectors, columns);
+}
+
+// By the caller's threads; with one, on the calling thread.
+template <class T>
+double estimate_of(SymmetricStack<T> block, int64_t steps, int64_t k, const Parallel& parallel) {
+  const int64_t n = block.n;
+  const double largest = largest_of(block, parallel);
   if (largest == 0) return 0;
   if (!std::isfinite(largest)) return std::numeric_limits<double>::quiet_NaN();
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  if (std::abs(exponent) > kSafeExponent) {
+    block = scaled_copy(block, exponent);
+  } else {
+    exponent = 0;
+  }
+  Workspace<T> work(n, k);
+  const ProductPlan<T> plan = plan_of(block, k);
   for (int64_t c = 0; c < k; ++c) {
     for (int64_t i = 0; i < n; ++i) work.V[c * n + i] = start<T>(i * k + c);
   }
   auto orthonormal = [&] { orthonormalize(work.V, n, k, work.gram, work.inverse); };
   auto multiply = [&] {  // V <- V A, whose rows are A v
-    plan.run({work.W, work.W, work.V, work.A, T{0}, T{1}, T{0}});
+    const ProductBlock<T> product = {work.W, work.W, work.V, block.data, T{0}, T{1}, T{0}};
+    parallel.workers > 1 ? plan.run_parallel(product, parallel) : plan.run(product);
     std::swap(work.V, work.W);
   };
   orthonormal();
@@ -172,16 +215,17 @@ double estimate_of(const SymmetricStack<T>& stack, int64_t b, int64_t steps, int
 template <class T>
 void power_iteration(const SymmetricStack<T>& stack, int64_t steps, int64_t vectors, T* estimate,
                      const Parallel& parallel) {
-  const int64_t n = stack.n, k = std::min(vectors, n);
-  constexpr DType dtype = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-  const Operand rows = {nullptr, dtype, 0, 0, n, 1};
-  const ProductShape full = {k, n, 1, n, false, false, n, n};
-  const ProductPlan<T> plan(current_product_isa(), full, rows, rows);
-  for_each(parallel, stack.blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      estimate[b] = T(estimate_of(stack, b, steps, k, plan));
-    }
+  const int64_t k = std::min(vectors, stack.n);
+  auto estimate_block = [&](int64_t b, const Parallel& threads) {
+    const T* data = stack.data + b * stack.block_stride;
+    const SymmetricStack<T> block = {data, 1, stack.n, 0, stack.row_stride, stack.column_stride};
+    estimate[b] = T(estimate_of(block, steps, k, threads));
+  };
+  const int64_t whole = plan_of(stack, k).whole_blocks(stack.blocks, parallel);
+  for_each(parallel, whole, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) estimate_block(b, Parallel{});
   });
+  for (int64_t b = whole; b < stack.blocks; ++b) estimate_block(b, parallel);
 }
 
 template void power_iteration(const SymmetricStack<float>&, int64_t, int64_t, float*,

@@ -15,6 +15,9 @@ struct ProductBlock {
   T beta, alpha, identity;
 };
 
+// Multiply-adds below which a thread is not worth waking.
+constexpr double kTaskWork = 1e5;
+
 // What the blocks of a stack have in common: out and base are (rows, columns) with column stride 1.
 struct ProductShape {
   int64_t rows, columns, slabs, k;
@@ -69,7 +72,6 @@ template <class T>
 template <class BlockOf>
 void ProductPlan<T>::run_stack(int64_t blocks, const Parallel& parallel,
                                const BlockOf& block_of) const {
-  constexpr double kTaskWork = 1e5;  // multiply-adds below which a thread is not worth waking
   const int64_t whole = whole_blocks(blocks, parallel);
   const int64_t grain = int64_t(kTaskWork / work_) + 1;
   for_each(parallel, whole, grain, [&](int64_t begin, int64_t end) {

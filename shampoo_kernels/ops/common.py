@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo_kernels.ops.straight import plain, unobserved
+
 PRECISIONS = ("highest", "high", "medium")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MASTERS = (torch.float64, torch.float32)
@@ -147,8 +149,12 @@ def _from_dlpack(op: str, name: str, array: Any) -> Tensor:
         ) from error
 
 
-def check_tensors(op: str, *optional: str, **tensors: object) -> None:
-    """Public functions: every argument is a tensor that needs no gradient, or None if optional."""
+def check_tensors(op: str, *optional: str, **tensors: object) -> bool:
+    """Public functions: every argument is a tensor that needs no gradient, or None if optional.
+
+    True where they may go straight to the op's implementation (straight.py).
+    """
+    straight = unobserved()
     for name, tensor in tensors.items():
         if tensor is None and name in optional:
             continue
@@ -162,6 +168,8 @@ def check_tensors(op: str, *optional: str, **tensors: object) -> None:
                 f"{op}: {name} requires grad, and nothing here is differentiable: "
                 f"detach it, or call under torch.no_grad()"
             )
+        straight = straight and plain(tensor)
+    return straight
 
 
 def stack(tensor: Tensor, inner: int = 2) -> Tensor:
@@ -169,6 +177,11 @@ def stack(tensor: Tensor, inner: int = 2) -> Tensor:
     if tensor.ndim == inner + 1:
         return tensor
     return tensor.reshape(math.prod(tensor.shape[:-inner]), *tensor.shape[-inner:])
+
+
+def unstack(result: Tensor, shape: torch.Size) -> Tensor:
+    """(B, ...) -> the shape of the caller's batch dimensions; a view takes longer than a look."""
+    return result if result.shape == shape else result.reshape(shape)
 
 
 def stack_view(op: str, name: str, tensor: Tensor) -> Tensor:
@@ -187,6 +200,11 @@ def stack_view(op: str, name: str, tensor: Tensor) -> Tensor:
             f"{op}: {name} is written in place, so its batch dimensions must fold into one view, "
             f"got shape {tuple(tensor.shape)} with strides {tensor.stride()}"
         ) from None
+
+
+def empty_like(A: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Contiguous memory of A's shape; half as long as `new_empty` of a shape."""
+    return torch.empty_like(A, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def mirror_lower(A: Tensor) -> Tensor:

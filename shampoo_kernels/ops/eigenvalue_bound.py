@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from shampoo_kernels.chooser import choose
+from shampoo_kernels.chooser import choose_for
 from shampoo_kernels.ops import common
 
 _OP = "eigenvalue_bound"
@@ -33,9 +33,10 @@ def eigenvalue_bound(A: Tensor) -> Tensor:
     Sources: Wolkowicz and Styan 1980; Minc 1988 (for |A|, whose spectral radius bounds A's).
     """
     (A,) = common.as_tensors(_OP, A=A)
-    common.check_tensors(_OP, A=A)
+    straight = common.check_tensors(_OP, A=A)
     common.check_square(_OP, "A", A, batched=False)
-    return torch.ops.shampoo_kernels.eigenvalue_bound(common.stack(A)).reshape(A.shape[:-2])
+    op = _implementation if straight else torch.ops.shampoo_kernels.eigenvalue_bound
+    return common.unstack(op(common.stack(A)), A.shape[:-2])
 
 
 def bound_ref(A: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def _check(A: Tensor) -> None:
 
 def _implementation(A: Tensor) -> Tensor:
     _check(A)
-    backend = choose(_OP, A.device.type, A.dtype)
+    backend = choose_for(_OP, A)
     if backend == "native":
         return torch.ops.shampoo_kernels_native.eigenvalue_bound(A)
     if backend == "triton":

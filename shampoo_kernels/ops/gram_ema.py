@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from shampoo_kernels.chooser import choose
+from shampoo_kernels.chooser import choose_for
 from shampoo_kernels.ops import common
 from shampoo_kernels.ops.overlap import check_apart
 from shampoo_kernels.ops.product import product
@@ -48,7 +48,7 @@ def gram_ema_(
     Source: Gupta, Koren, Singer 2018 (arXiv 1802.09568); the weight: Morwani et al. 2024
     (arXiv 2406.17748), one step of the power iteration.
     """
-    common.check_tensors(_OP, "weight", stat=stat, grad=grad, weight=weight)
+    straight = common.check_tensors(_OP, "weight", stat=stat, grad=grad, weight=weight)
     common.check_option(_OP, "side", side, SIDES)
     common.check_option(_OP, "precision", precision, common.PRECISIONS)
     if stat.ndim < 2 or grad.ndim != stat.ndim or grad.shape[:-2] != stat.shape[:-2]:
@@ -56,9 +56,11 @@ def gram_ema_(
             f"{_OP}: stat (*, n, n) and grad (*, m, n) must share their batch dimensions, "
             f"got {tuple(stat.shape)} and {tuple(grad.shape)}"
         )
-    beta, beta_tensor = _scalar("beta", beta, stat)
-    alpha, alpha_tensor = _scalar("alpha", alpha, stat)
-    torch.ops.shampoo_kernels.gram_ema_(
+    beta, beta_tensor, beta_straight = _scalar("beta", beta, stat)
+    alpha, alpha_tensor, alpha_straight = _scalar("alpha", alpha, stat)
+    straight = straight and beta_straight and alpha_straight
+    op_ = _implementation if straight else torch.ops.shampoo_kernels.gram_ema_
+    op_(
         common.stack_view(_OP, "stat", stat),
         common.stack(grad),
         beta,
@@ -72,22 +74,22 @@ def gram_ema_(
     return stat
 
 
-def _scalar(name: str, value: object, stat: Tensor) -> tuple[float, Tensor | None]:
-    """A float, or a flat tensor in the dtype of `stat` that takes its place."""
+def _scalar(name: str, value: object, stat: Tensor) -> tuple[float, Tensor | None, bool]:
+    """A float, a flat tensor in the dtype of `stat` that takes its place, and `check_tensors`."""
     if isinstance(value, Tensor):
-        common.check_tensors(_OP, **{name: value})
+        straight = common.check_tensors(_OP, **{name: value})
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"{_OP}: {name} must be real, got {common.describe(value)}")
         flat = value if value.ndim == 1 else value.reshape(-1)
-        return 0.0, flat if flat.dtype == stat.dtype else flat.to(stat.dtype)
+        return 0.0, flat if flat.dtype == stat.dtype else flat.to(stat.dtype), straight
     if torch.compiler.is_compiling() and isinstance(value, float):
         # As an argument of the op it would be a constant of the graph, which another value compiles
         # again; as a factor of a tensor it is an input. (torch.full would make it a constant too.)
-        return 0.0, stat.new_ones(1) * value
+        return 0.0, stat.new_ones(1) * value, False
     number = common.check_number(_OP, name, value, "a number or a tensor")
     if not math.isfinite(number):
         raise ValueError(f"{_OP}: {name} must be finite, got {number}")
-    return number, None
+    return number, None, True
 
 
 def accumulate_(
@@ -102,7 +104,10 @@ def accumulate_(
     backend: str,
     precision: str = "highest",
 ) -> None:
-    """stat (B, m, m) <- beta*stat + alpha * sum_s G_s W G_sᵀ, grads (B, S, m, n), W (B, n, n)."""
+    """stat (B, m, m) <- beta*stat + alpha * sum_s G_s W G_sᵀ, W (B, n, n); grads (B, S, m, n), or
+    (B, m, n) for S = 1."""
+    if backend != "native" and grads.ndim == 3:
+        grads = grads.unsqueeze(1)
     if backend == "triton":
         from shampoo_kernels.kernels import gram_ema  # needs triton
 
@@ -117,8 +122,9 @@ def accumulate_(
         return
     left = grads
     if weight is not None:
-        rows = product(grads.flatten(1, 2), weight, dtype=stat.dtype, backend=backend)
-        left = rows.view(*grads.shape[:3], weight.shape[-1])
+        rows = grads if grads.ndim == 3 else grads.flatten(1, 2)
+        rows = product(rows, weight, dtype=stat.dtype, backend=backend)
+        left = rows.view(*grads.shape[:-1], weight.shape[-1])
     if backend == "native":
         inner = (
             stat
@@ -200,10 +206,9 @@ def _implementation(
         alpha_tensor=alpha_tensor, precision=precision,
     )  # fmt: skip
     check_apart(_OP, "stat", stat, grad=grad, weight=weight, beta=beta_tensor, alpha=alpha_tensor)
-    grads = (grad if side == "left" else grad.mT).unsqueeze(1)
-    backend = choose(_OP, stat.device.type, stat.dtype)
+    backend = choose_for(_OP, stat)
     accumulate_(
-        stat, grads, weight, beta, alpha, beta_tensor, alpha_tensor,
+        stat, grad if side == "left" else grad.mT, weight, beta, alpha, beta_tensor, alpha_tensor,
         backend=backend, precision=precision,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels import native
-from shampoo_kernels.chooser import choose
+from shampoo_kernels.chooser import choose_for
 from shampoo_kernels.ops import common, roots
 from shampoo_kernels.ops.overlap import check_apart, check_same_or_apart
 
@@ -97,7 +97,7 @@ def inverse_root(
     (arXiv 2505.16932); failure policy after Anil et al. 2020 (arXiv 2002.09018).
     """
     A, previous = common.as_tensors(_OP, A=A, previous=previous)
-    common.check_tensors(_OP, "previous", "out", A=A, previous=previous, out=out)
+    straight = common.check_tensors(_OP, "previous", "out", A=A, previous=previous, out=out)
     common.check_square(_OP, "A", A, batched=False)
     for name, tensor in (("previous", previous), ("out", out)):
         if tensor is not None:
@@ -114,14 +114,17 @@ def inverse_root(
     }
     p, stack = _number("p", p), common.stack(A)
     if out is None:
-        root, residual, status = torch.ops.shampoo_kernels.inverse_root(stack, p, **arguments)
-        root = root.reshape(A.shape)
+        op = _implementation if straight else torch.ops.shampoo_kernels.inverse_root
+        root, residual, status = op(stack, p, **arguments)
+        root = common.unstack(root, A.shape)
     else:
         root = common.stack_view(_OP, "out", out)
         residual, status = _empty_results(stack)
-        torch.ops.shampoo_kernels.inverse_root_(root, residual, status, stack, p, **arguments)
+        op_ = _implementation_ if straight else torch.ops.shampoo_kernels.inverse_root_
+        op_(root, residual, status, stack, p, **arguments)
         root = out
-    return InverseRoot(root, residual.reshape(A.shape[:-2]), status.reshape(A.shape[:-2]))
+    batch = A.shape[:-2]
+    return InverseRoot(root, common.unstack(residual, batch), common.unstack(status, batch))
 
 
 def _number(name: str, value: object) -> float:
@@ -197,7 +200,7 @@ def _compute(
     precision="highest", rank_rtol=None, previous=None, fallback="previous",
 ) -> None:  # fmt: skip
     floor = _floor(A, ridge, design_floor)
-    backend = choose(_OP, A.device.type, A.dtype)
+    backend = choose_for(_OP, A)
     retry = fallback == "eigh"
     if method == "auto":
         method = "eigh"
@@ -216,9 +219,9 @@ def _fall_back(
     fallback: str,
 ) -> None:  # fmt: skip
     """Compute the blocks that did not converge again, by eigh; where it fails too, keep them."""
-    again = (status != RootStatus.CONVERGED).nonzero().squeeze(1)
-    if again.numel() == 0:
+    if not status.any():  # CONVERGED is 0
         return
+    again = status.nonzero().squeeze(1)
     part = torch.ops.shampoo_kernels.inverse_root(A[again], p, ridge=ridge, method="eigh")
     solved = part[2] == RootStatus.CONVERGED
     again = again[solved]
@@ -228,7 +231,7 @@ def _fall_back(
 
 def _implementation(A, p, **options) -> tuple[Tensor, Tensor, Tensor]:
     _check(A, p, **options)
-    root = torch.empty(A.shape, dtype=A.dtype, device=A.device)
+    root = common.empty_like(A)
     residual, status = _empty_results(A)
     _compute(root, residual, status, A, p, **options)
     return root, residual, status
@@ -258,7 +261,7 @@ def _check_out(root, residual, status, A, p, **options) -> None:
 
 def _fake(A, p, **options) -> tuple[Tensor, Tensor, Tensor]:
     _check(A, p, **options)
-    return torch.empty(A.shape, dtype=A.dtype, device=A.device), *_empty_results(A)
+    return common.empty_like(A), *_empty_results(A)
 
 
 _OPTIONS = (

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from shampoo_kernels.chooser import choose
+from shampoo_kernels.chooser import choose_for
 from shampoo_kernels.ops import common, gram_ema
 
 _OP = "kronecker_power_step"
@@ -44,18 +44,19 @@ def kronecker_power_step(
     Source: Van Loan and Pitsianis 1993; Morwani et al. 2024 (arXiv 2406.17748), Proposition 1.
     """
     grads, left, right = common.as_tensors(_OP, grads=grads, left=left, right=right)
-    common.check_tensors(_OP, grads=grads, left=left, right=right)
+    straight = common.check_tensors(_OP, grads=grads, left=left, right=right)
     if grads.ndim < 3:
         raise ValueError(f"{_OP}: grads must be (*, N, m, n), got {tuple(grads.shape)}")
     common.check_option(_OP, "scheme", scheme, SCHEMES)
     common.check_option(_OP, "precision", precision, common.PRECISIONS)
     *batch, _, m, n = grads.shape
     _check_factors(grads, left, right, (*batch, m, m), (*batch, n, n))
-    new = torch.ops.shampoo_kernels.kronecker_power_step(
+    op = _implementation if straight else torch.ops.shampoo_kernels.kronecker_power_step
+    new = op(
         common.stack(grads, 3), common.stack(left), common.stack(right),
         scheme=scheme, precision=precision,
     )  # fmt: skip
-    return new[0].reshape(left.shape), new[1].reshape(right.shape)
+    return common.unstack(new[0], left.shape), common.unstack(new[1], right.shape)
 
 
 def _half_step(grads: Tensor, factor: Tensor, backend: str, precision: str) -> Tensor:
@@ -66,10 +67,10 @@ def _half_step(grads: Tensor, factor: Tensor, backend: str, precision: str) -> T
     """
     batch, samples, m, _ = grads.shape
     norm = torch.linalg.vector_norm(factor, dim=(-2, -1), dtype=torch.float64)
-    divisor = torch.where(norm > 0, norm, 1.0)
-    alpha = torch.where(divisor.isfinite() & (norm > 0), 1 / (divisor * max(samples, 1)), 0 * norm)
-    alpha = alpha.to(factor.dtype)
-    weight = (factor / divisor[:, None, None]).to(factor.dtype)
+    divisor = norm.masked_fill(norm == 0, 1.0)
+    one = norm / divisor  # 0 for a zero factor, NaN for one that is not finite
+    alpha = one.div_(divisor * max(samples, 1)).to(factor.dtype)
+    weight = (factor / divisor.view(-1, 1, 1)).to(factor.dtype)
     new = factor.new_empty(batch, m, m)
     gram_ema.accumulate_(
         new, grads, weight, 0.0, 0.0, None, alpha, backend=backend, precision=precision
@@ -101,7 +102,7 @@ def _implementation(
     grads, left, right, *, scheme="simultaneous", precision="highest"
 ) -> tuple[Tensor, Tensor]:
     _check(grads, left, right, scheme=scheme, precision=precision)
-    backend = choose(_OP, left.device.type, left.dtype)
+    backend = choose_for(_OP, left)
     new_left = _half_step(grads, right, backend, precision)
     source = new_left if scheme == "alternating" else left
     return new_left, _half_step(grads.mT, source, backend, precision)

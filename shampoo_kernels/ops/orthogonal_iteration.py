@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels import native
-from shampoo_kernels.chooser import choose
+from shampoo_kernels.chooser import choose_for
 from shampoo_kernels.ops import common, small
 from shampoo_kernels.ops.product import product
 
@@ -36,21 +36,20 @@ def orthogonal_iteration(A: Tensor, Q: Tensor, steps: int = 1) -> tuple[Tensor, 
     Sources: Golub and Van Loan, Matrix Computations, section 8.2; SOAP (arXiv 2409.11321).
     """
     A, Q = common.as_tensors(_OP, A=A, Q=Q)
-    common.check_tensors(_OP, A=A, Q=Q)
+    straight = common.check_tensors(_OP, A=A, Q=Q)
     common.check_square(_OP, "A", A, batched=False)
     common.check_shape(_OP, "Q", Q, tuple(A.shape), "as A")
     steps = common.check_integer(_OP, "steps", steps, least=1)
-    eigenvalues, new = torch.ops.shampoo_kernels.orthogonal_iteration(
-        common.stack(A), common.stack(Q), steps
-    )
-    return eigenvalues.reshape(A.shape[:-1]), new.reshape(A.shape)
+    op = _implementation if straight else torch.ops.shampoo_kernels.orthogonal_iteration
+    eigenvalues, new = op(common.stack(A), common.stack(Q), steps)
+    return common.unstack(eigenvalues, A.shape[:-1]), common.unstack(new, A.shape)
 
 
 def _iterate(A: Tensor, Q: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """(B, n, n), (B, n, n) -> (B, n), (B, n, n)."""
     if A.numel() == 0:
         return A.new_empty(A.shape[:-1]), Q.clone()
-    backend = choose(_OP, A.device.type, A.dtype)
+    backend = choose_for(_OP, A)
     lift = max(1e-8, min(64 * A.shape[-1] * torch.finfo(A.dtype).eps, 0.125))
     if backend == "native" and (_by_blocks(A) or small.takes_basis(A)):
         eigenvalues, new = A.new_empty(A.shape[:-1]), A.new_empty(A.shape)

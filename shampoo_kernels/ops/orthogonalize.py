@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from shampoo_kernels.chooser import choose
+from shampoo_kernels.chooser import choose_for
 from shampoo_kernels.ops import common
 from shampoo_kernels.ops.product import product
 from shampoo_kernels.schedules import minimax_coefficients
@@ -55,13 +55,13 @@ def orthogonalize(
     steps; Jordan et al. 2024 (Muon) for the rest.
     """
     (G,) = common.as_tensors(_OP, G=G)
-    common.check_tensors(_OP, G=G)
+    straight = common.check_tensors(_OP, G=G)
     if G.ndim < 2:
         raise ValueError(f"{_OP}: G must be (*, m, n), got {tuple(G.shape)}")
     common.check_option(_OP, "precision", precision, common.PRECISIONS)
     flat = _flatten(steps, coefficients)
-    result = torch.ops.shampoo_kernels.orthogonalize(common.stack(G), flat, precision=precision)
-    return result.reshape(G.shape)
+    op = _implementation if straight else torch.ops.shampoo_kernels.orthogonalize
+    return common.unstack(op(common.stack(G), flat, precision=precision), G.shape)
 
 
 def _flatten(steps: object, coefficients: object) -> list[float] | None:
@@ -94,7 +94,7 @@ def _orthogonalize(G: Tensor, coefficients: list[float] | None) -> Tensor:
     X = (G.mT if tall else G).to(torch.float64 if G.dtype == torch.float64 else torch.float32)
     scale = X.abs().amax((-2, -1), keepdim=True)
     X = X / torch.where(scale > 0, scale, 1.0)
-    backend = choose(_OP, X.device.type, X.dtype)
+    backend = choose_for(_OP, X)
     S = product(X, X.mT, symmetric=True, backend=backend)
     if coefficients is None:
         factor = torch.ops.shampoo_kernels.eigenvalue_bound(S)[:, None, None].rsqrt()

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from shampoo_kernels.chooser import choose
+from shampoo_kernels.chooser import choose_for
 from shampoo_kernels.ops import common, small
 
 _OP = "power_iteration"
-_MOST_N = 512  # on a CPU: a larger block is work for all threads, which torch's products share out
 
 
 def power_iteration(A: Tensor, steps: int = 10, vectors: int = 16) -> Tensor:
@@ -34,12 +33,12 @@ def power_iteration(A: Tensor, steps: int = 10, vectors: int = 16) -> Tensor:
     Source: Golub and Van Loan, Matrix Computations, section 8.2 (orthogonal iteration).
     """
     (A,) = common.as_tensors(_OP, A=A)
-    common.check_tensors(_OP, A=A)
+    straight = common.check_tensors(_OP, A=A)
     common.check_square(_OP, "A", A, batched=False)
     steps = common.check_integer(_OP, "steps", steps, least=1)
     vectors = common.check_integer(_OP, "vectors", vectors, least=1)
-    estimate = torch.ops.shampoo_kernels.power_iteration(common.stack(A), steps, vectors)
-    return estimate.reshape(A.shape[:-2])
+    op = _implementation if straight else torch.ops.shampoo_kernels.power_iteration
+    return common.unstack(op(common.stack(A), steps, vectors), A.shape[:-2])
 
 
 def power_iteration_ref(A: Tensor, steps: int, vectors: int) -> Tensor:
@@ -96,9 +95,8 @@ def _check(A: Tensor, steps: int, vectors: int) -> None:
 
 def _implementation(A: Tensor, steps: int, vectors: int) -> Tensor:
     _check(A, steps, vectors)
-    backend = choose(_OP, A.device.type, A.dtype)
-    one_thread_each = A.is_cpu and A.shape[-1] <= _MOST_N
-    if backend == "native" and A.numel() and (one_thread_each or small.takes_power(A, vectors)):
+    backend = choose_for(_OP, A)
+    if backend == "native" and A.numel() and (A.is_cpu or small.takes_power(A, vectors)):
         return torch.ops.shampoo_kernels_native.power_iteration(A, steps, vectors)
     if backend == "triton":
         from shampoo_kernels.kernels import power_iteration as kernels

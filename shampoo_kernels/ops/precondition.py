@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from shampoo_kernels.chooser import choose
+from shampoo_kernels.chooser import choose_for
 from shampoo_kernels.ops import common
 from shampoo_kernels.ops.overlap import check_apart
 from shampoo_kernels.ops.product import product
@@ -34,8 +34,8 @@ def precondition(
 
     Returns:
         (result (*, m, n), squared norm (*,)) in the dtype of the result. The squares of
-        a row are summed in that dtype and the rows in float64. In float32 a norm above 1.8e19
-        squares to inf, and rows with a norm below 1e-22 count as 0.
+        a row are summed in that dtype at least and the rows in float64. In float32 a norm above
+        1.8e19 squares to inf, and rows with a norm below 1e-22 may count as 0.
 
     Raises:
         TypeError: a dtype that is not listed; ValueError: any other mismatch, or a tensor that
@@ -44,22 +44,25 @@ def precondition(
     Source: Gupta, Koren, Singer 2018 (arXiv 1802.09568).
     """
     grad, left, right = common.as_tensors(_OP, grad=grad, left=left, right=right)
-    common.check_tensors(_OP, "left", "right", "out", grad=grad, left=left, right=right, out=out)
+    straight = common.check_tensors(
+        _OP, "left", "right", "out", grad=grad, left=left, right=right, out=out
+    )
     if grad.ndim < 2:
         raise ValueError(f"{_OP}: grad must be (*, m, n), got {tuple(grad.shape)}")
     common.check_option(_OP, "precision", precision, common.PRECISIONS)
-    _check_factors(grad, left, right)  # here, where the shapes are the caller's
+    if grad.ndim != 3:  # here, where the shapes are the caller's; else the op says the same
+        _check_factors(grad, left, right)
     factors = (None if factor is None else common.stack(factor) for factor in (left, right))
     if out is None:
-        result, norm = torch.ops.shampoo_kernels.precondition(
-            common.stack(grad), *factors, precision=precision
-        )
-        return result.reshape(grad.shape), norm.reshape(grad.shape[:-2])
+        op = _implementation if straight else torch.ops.shampoo_kernels.precondition
+        result, norm = op(common.stack(grad), *factors, precision=precision)
+        return common.unstack(result, grad.shape), common.unstack(norm, grad.shape[:-2])
     common.check_shape(_OP, "out", out, grad.shape, "as grad")
-    norm = torch.ops.shampoo_kernels.precondition_(
+    op_ = _implementation_ if straight else torch.ops.shampoo_kernels.precondition_
+    norm = op_(
         common.stack_view(_OP, "out", out), common.stack(grad), *factors, precision=precision
     )
-    return out, norm.reshape(grad.shape[:-2])
+    return out, common.unstack(norm, grad.shape[:-2])
 
 
 def _precondition_(
@@ -69,12 +72,14 @@ def _precondition_(
 
     Both orders of the two products cost the same, m*n*(m + n).
     """
-    backend = choose(_OP, out.device.type, out.dtype)
+    backend = choose_for(_OP, out)
     if backend == "triton" and not left is right is None:
         from shampoo_kernels.kernels import precondition as kernels  # needs triton
 
         left, right = (x if x is None or x.itemsize < 8 else x.float() for x in (left, right))
         return kernels.precondition_(out, grad, left, right, precision)
+    if backend == "native" and not left is right is None:
+        return _native_(out, grad, left, right)
     if left is not None and right is not None:
         grad = product(left, grad, dtype=out.dtype, backend=backend)
     if right is not None:
@@ -85,6 +90,16 @@ def _precondition_(
         out.copy_(grad)
     # One float32 sum over a million squares is off by 2e-5 on a CPU; sums of rows are not.
     return torch.linalg.vector_norm(out, dim=-1).double().square().sum(-1).to(out.dtype)
+
+
+def _native_(out: Tensor, grad: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    left, right = (x if x is None or x.itemsize < 8 else x.float() for x in (left, right))
+    by_rows = out.stride(-1) == 1 and out.stride(-2) >= out.shape[-1]
+    dense = out if by_rows else common.empty_like(out)
+    norm = torch.ops.shampoo_kernels_native.precondition_(dense, grad, left, right)
+    if not by_rows:
+        out.copy_(dense)
+    return norm
 
 
 def _dtype(grad: Tensor) -> torch.dtype:
@@ -125,7 +140,7 @@ def _implementation_(out, grad, left, right, *, precision="highest") -> Tensor:
 
 def _implementation(grad, left, right, *, precision="highest") -> tuple[Tensor, Tensor]:
     _check(grad, left, right, precision=precision)
-    out = grad.new_empty(grad.shape, dtype=_dtype(grad))
+    out = common.empty_like(grad, _dtype(grad))
     return out, _precondition_(out, grad, left, right, precision)
 
 
@@ -136,7 +151,7 @@ def _fake_(out, grad, left, right, *, precision="highest") -> Tensor:
 
 def _fake(grad, left, right, *, precision="highest") -> tuple[Tensor, Tensor]:
     _check(grad, left, right, precision=precision)
-    out = grad.new_empty(grad.shape, dtype=_dtype(grad))
+    out = common.empty_like(grad, _dtype(grad))
     return out, out.new_empty(out.shape[0])
 
 
