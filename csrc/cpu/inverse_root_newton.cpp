@@ -6,7 +6,6 @@
 //
 // A block has no root if its bound is not positive and finite, if max |M - I| of the last M (the
 // residual) is 0.05 or more, or if the result overflows or vanishes.
-#include <bit>
 #include <utility>
 
 #include "inverse_root.h"
@@ -20,12 +19,12 @@ constexpr double kResidualLimit = 0.05;
 
 // Scratch of one block: n x n matrices, and 3 n doubles.
 struct Workspace {
-  float* matrices[5];
+  float* matrices[4];
   double* bound;
 
   explicit Workspace(int64_t n) {
     static thread_local Scratch scratch;
-    Carve carve(scratch, 5 * Carve::bytes<float>(n * n) + Carve::bytes<double>(3 * n));
+    Carve carve(scratch, 4 * Carve::bytes<float>(n * n) + Carve::bytes<double>(3 * n));
     for (float*& matrix : matrices) matrix = carve.take<float>(n * n);
     bound = carve.take<double>(3 * n);
   }
@@ -52,7 +51,7 @@ void newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule, i
   const int64_t n = problem.A.n;
   Workspace work(n);
   float *M = work.matrices[0], *X = work.matrices[1], *h = work.matrices[2];
-  float *power = work.matrices[3], *spare = work.matrices[4];
+  float* spare = work.matrices[3];
   const ScaledBlock<float> scaled(problem.A, b, spare, n, 1, work.bound);
   if (!scaled.has_scale()) {
     const double residual = n == 0 ? 0 : std::numeric_limits<double>::infinity();
@@ -76,14 +75,13 @@ void newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule, i
   const int64_t last = schedule.count - 1;
   polynomial(X, 0, last == 0 ? unscale : 1.0f);
   for (int64_t step = 1; step <= last; ++step) {
-    const float* before = step == 1 ? X : h;  // the polynomial of the step before
-    const float* raised = before;             // to the power p, bit by bit of p after the highest
-    for (uint32_t bit = std::bit_floor(schedule.p) / 2; bit > 0; bit /= 2) {
-      product(power, raised, raised, 1.0f);
-      if (schedule.p & bit) product(power, power, before, 1.0f);
-      raised = power;
+    const float* power = step == 1 ? X : h;  // the polynomial of the step before, squared in turn
+    for (uint32_t rest = schedule.p;;) {
+      if (rest & 1) product(M, M, power, 1.0f);
+      if (!(rest >>= 1)) break;
+      product(h, power, power, 1.0f);
+      power = h;
     }
-    product(M, raised, M, 1.0f);
     polynomial(h, step, 1.0f);
     product(X, X, h, step == last ? unscale : 1.0f);
   }

@@ -71,7 +71,7 @@ def newton(
     """M-form: X <- X h(M), M <- h(M)^p M from X = I, M = stacks.pop(), max |M - I| as `measured`.
 
     Every product is one of commuting polynomials, computed by half and mirrored. At most four
-    stacks are alive, five if p is not a power of two.
+    stacks are alive.
     """
 
     def symmetric(A: Tensor, B: Tensor, **epilogue: Any) -> Tensor:
@@ -87,16 +87,15 @@ def newton(
     M = stacks.pop()
     X = h = polynomial(M, *coefficients[0])
     for step, coefficient in enumerate(coefficients[1:], 2):
-        power, base = h, h if p.bit_count() > 1 else None
+        last, power = step == len(coefficients), p
+        while True:  # right-to-left powers: h is squared, and multiplied to M where p has a bit
+            if power & 1:
+                M = symmetric(h, M, measure="distance" if last and power == 1 else None)
+            power >>= 1
+            if not power:
+                break
+            h = symmetric(h, h)
         del h
-        for bit in f"{p:b}"[1:]:
-            power = symmetric(power, power)
-            if base is not None and bit == "1":
-                power = symmetric(power, base)
-        base = None
-        last = step == len(coefficients)
-        M = symmetric(power, M, measure="distance" if last else None)
-        del power
         h = polynomial(M, *coefficient)
         X = symmetric(X, h)
     return X, (stacks.pop() if stacks else measured).amax(1)

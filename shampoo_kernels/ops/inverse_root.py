@@ -90,8 +90,8 @@ def inverse_root(
         TypeError: a dtype or type that is not listed; ValueError: any other mismatch.
 
     "newton" and "product" with fallback="previous" never synchronise with a GPU; "eigh" does.
-    There they need at most four stacks of workspace beside the result (newton with a p that is no
-    power of two: five), of a large stack less: its blocks are worked on in parts of 64 MiB.
+    There they need at most four stacks of workspace beside the result, of a large stack less: its
+    blocks are worked on in parts of 64 MiB.
 
     Sources: Guo and Higham 2006 (SIMAX 28:788); minimax steps as in Polar Express
     (arXiv 2505.16932); failure policy after Anil et al. 2020 (arXiv 2002.09018).

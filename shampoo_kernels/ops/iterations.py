@@ -29,7 +29,7 @@ def newton(A: Tensor, p: int, coefficients: Coefficients) -> tuple[Tensor, Tenso
     M = A
     X = h = _polynomial(M, coefficients[0])
     for coefficient in coefficients[1:]:
-        M = _symmetric(_power(h, p), M)
+        M = _times_power(M, h, p)
         h = _polynomial(M, coefficient)
         X = _symmetric(X, h)
     return X, _distance_to_identity(M)
@@ -79,13 +79,15 @@ def _symmetric(A: Tensor, B: Tensor) -> Tensor:
     return mirror_lower(A @ B)
 
 
-def _power(h: Tensor, p: int) -> Tensor:
-    """h^p by squaring."""
-    if p == 1:
-        return h
-    half = _power(h, p // 2)
-    square = _symmetric(half, half)
-    return _symmetric(square, h) if p % 2 else square
+def _times_power(M: Tensor, h: Tensor, p: int) -> Tensor:
+    """M h^p by right-to-left powers: h is squared, and multiplied to M where p has a bit."""
+    while True:
+        if p & 1:
+            M = _symmetric(M, h)
+        p >>= 1
+        if not p:
+            return M
+        h = _symmetric(h, h)
 
 
 def _distance_to_identity(M: Tensor) -> Tensor:
