@@ -101,7 +101,7 @@ class Pieces:
             if negate:
                 stack.neg_()
             squares.append(square.double())
-        return torch.cat(squares) if squares else torch.empty(0, dtype=torch.float64)
+        return torch.cat(squares) if squares else torch.empty(0, dtype=torch.float64, device="cpu")
 
     def unpack_(self) -> None:
         """data[i] <- stacks[i], cast."""
@@ -156,15 +156,13 @@ def native(tensor: Tensor) -> bool:
 @functools.lru_cache(maxsize=64)
 def chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """PieceChunk of kernels.h for pieces of so many elements: int32 (chunks, 2)."""
-    counts = torch.tensor([-(-size // _CHUNK) for size in sizes], dtype=torch.int64)
-    piece = torch.arange(len(sizes)).repeat_interleave(counts)
-    chunk = torch.arange(len(piece)) - (counts.cumsum(0) - counts)[piece]
-    return _move(torch.stack([piece, chunk], 1).int(), device)
+    found = [(i, c) for i, size in enumerate(sizes) for c in range(-(-size // _CHUNK))]
+    return _move(torch.tensor(found, dtype=torch.int32, device="cpu").view(-1, 2), device)
 
 
 def on_device(rows: list[tuple[int, ...]], columns: int, device: torch.device) -> Tensor:
     """A table of int64 (rows, columns)."""
-    return _move(torch.tensor(rows, dtype=torch.int64).view(-1, columns), device)
+    return _move(torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, columns), device)
 
 
 def _move(table: Tensor, device: torch.device) -> Tensor:

@@ -157,7 +157,7 @@ def _by_roots(
     ready, scale = norms > 0, rule.root_bias(steps)
     seen = [inputs.steps[block.parameter] for part in batch.parts for block in part.blocks]
     if min(seen) < group["start_step"]:
-        started = torch.tensor([step >= group["start_step"] for step in seen])
+        started = torch.tensor([step >= group["start_step"] for step in seen], device="cpu")
         ready &= started.to(batch.device, non_blocking=True)
     if not (batch.device.type == "cpu" and ready.all()):  # elsewhere looking would mean waiting
         updates = [
