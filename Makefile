@@ -127,7 +127,7 @@ $(VENV)/.test: $(VENV)/.demo
 	@$(SAME_TORCH)
 	@touch $@
 
-# What only the slow tests use: they skip, saying so, without it.
+# What slow tests use beside (trainers, jax) and safetensors: they skip, saying so, without it.
 $(VENV)/.all: $(VENV)/.test
 	@$(EDITABLE) '.[demo,test,peers,all]'
 	@$(SAME_TORCH)

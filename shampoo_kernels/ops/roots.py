@@ -115,8 +115,9 @@ def _in_chunks(
 
 @functools.lru_cache(maxsize=64)
 def _native_steps(floor: float, p: int) -> Tensor:
-    """(steps, 3) float32, a zero where the degree is 1."""
-    return torch.tensor([(*step, 0.0)[:3] for step in schedule("newton", floor, p, torch.float32)])
+    """(steps, 3) float32 on the CPU, a zero where the degree is 1."""
+    steps = [(*step, 0.0)[:3] for step in schedule("newton", floor, p, torch.float32)]
+    return torch.tensor(steps, dtype=torch.float32, device="cpu")
 
 
 def by_iteration(

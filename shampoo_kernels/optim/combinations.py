@@ -42,7 +42,7 @@ def _check_root_options(group: dict) -> None:
     for root in set(group["p"]) - {None}:
         try:
             inverse_root(
-                torch.empty(0, 2, 2),
+                torch.empty(0, 2, 2, dtype=torch.float32, device="cpu"),
                 root,
                 ridge=group["ridge"],
                 rank_rtol=group["rank_rtol"],

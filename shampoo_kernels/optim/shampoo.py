@@ -1,7 +1,8 @@
 """Shampoo as a torch.optim optimizer: it gathers state; the work is in update.py."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -210,8 +211,9 @@ class Shampoo(torch.optim.Optimizer):
         plans = [self._plans[number] for number in range(len(self.param_groups))]
         turns.level_([plan.stacks for plan in plans], self.param_groups)
         position = 0
-        for plan, group in zip(plans, self.param_groups, strict=True):
-            position = plan.step_(group, position)
+        with _without_autocast({stack.device.type for plan in plans for stack in plan.stacks}):
+            for plan, group in zip(plans, self.param_groups, strict=True):
+                position = plan.step_(group, position)
         return loss
 
     def metrics(self) -> dict[str, Tensor]:
@@ -278,3 +280,13 @@ class Shampoo(torch.optim.Optimizer):
         if now != self._agreed.get(number):
             agree(share.team, number, description(number, self.param_groups, own))
             self._agreed[number] = now
+
+
+@contextmanager
+def _without_autocast(devices: Collection[str]) -> Iterator[None]:
+    """Products of a step are as precise as `precision` says, also where autocast is on."""
+    with ExitStack() as entered:
+        for device in devices:
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                entered.enter_context(torch.autocast(device, enabled=False))
+        yield
