@@ -4,7 +4,9 @@
 a tenth of them in each step, the others all in one. pytorch_optimizer's Shampoo keeps a factor per
 dimension of a convolution, which is cheaper than two of the whole matrix and another method; its
 second row is on the matrices that ours and DASH see. SOAP needs no roots, only bases.
-`bench_steps`: one step on whole models, which the others would take minutes for.
+`bench_steps`: one step on whole models, which the others would take minutes for. Llama 3.2 1B is
+here by one of its layers: all of it takes 35 GB with gradients and state, and a minute a step on
+two cores; bench_memory has its bytes, bench/gpu_bench_steps.py its steps.
 """
 
 import math
@@ -30,6 +32,7 @@ MODELS = {} if QUICK else {
     "ResNet-50": cases.resnet50(),
     "ViT-B/16": cases.vit_b(),
     "GPT-2 124M": cases.GPT2,
+    "one of Llama 3.2 1B's 16 layers": cases.LLAMA_LAYER,
 }  # fmt: skip
 
 

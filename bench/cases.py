@@ -51,6 +51,7 @@ LLAMA_LAYER: list[Shape] = [
     (2048, 2048), (512, 2048), (512, 2048), (2048, 2048),
     (8192, 2048), (8192, 2048), (2048, 8192), (2048,), (2048,),
 ]  # fmt: skip
+LLAMA_1B: list[Shape] = [(128256, 2048), (2048,), *16 * LLAMA_LAYER]  # the head is the embedding
 SMALL_GPT = gpt(256, 2, 256, 128)
 SMALL_RESNET: list[Shape] = [
     (16, 3, 3, 3), *6 * [(16, 16, 3, 3)],

@@ -17,8 +17,9 @@ from judging import ACCEPTED, judged, words
 from shampoo_kernels.commands._timing import rounds_for, summary, timed
 
 QUICK = os.environ.get("QUICK") == "1"
-SECONDS_A_ROW = 0.1 if QUICK else 1.0
+SECONDS_A_ROW = 0.05 if QUICK else 0.8
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 20 if QUICK else 200
+LONG = 2.0  # seconds of a round from which two are enough: their spread has been 3 % at most
 TABLES = pytest.StashKey[dict[str, list[dict]]]()
 
 
@@ -29,7 +30,7 @@ def versus(benchmark):
     Every function takes no argument. `flops` and `moved` count the useful operations and the bytes
     that one call of ours cannot avoid, `rate` is the dtype of its products. `errors` are relative
     to float64, or the words of what was raised; above `accepted` they are failures. `sizes` is what
-    the plots need. `budget`: seconds for the row, `fewest`: rounds.
+    the plots need. `budget`: seconds for the row, `fewest`: rounds, of long ones two.
     """
 
     def run(
@@ -66,7 +67,8 @@ def versus(benchmark):
             for name in order:
                 seconds[name].append(timed(able[name]))
 
-        rounds = rounds_for(once, budget, fewest, MOST_ROUNDS)
+        least = fewest if once < LONG else min(fewest, 2)
+        rounds = rounds_for(once, budget, least, MOST_ROUNDS)
         benchmark.pedantic(ours, setup=baselines_first, rounds=rounds)
         benchmark.extra_info.update(
             case=case,

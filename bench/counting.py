@@ -22,7 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shampoo_kernels import Shampoo, gram_ema_, inverse_root, precondition
+from shampoo_kernels import Shampoo, gram_ema_, inverse_root, precondition, state_bytes
 
 CYCLE = 10  # steps between two roots
 
@@ -75,6 +75,12 @@ def bytes_a_parameter(make: Callable, shapes: Sequence[Sequence[int]], *, fake: 
     with FakeTensorMode() if fake else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DASH asks tensors without memory where it lies
         return _state_bytes(make, shapes) / cases.count(shapes)
+
+
+def planned_bytes_a_parameter(shapes: Sequence[Sequence[int]], **options: object) -> float:
+    """The same of a variant of ours, before there is a state."""
+    own = [nn.Parameter(torch.empty(*shape, device="meta")) for shape in shapes]
+    return state_bytes(own, **options).total / cases.count(shapes)
 
 
 def _state_bytes(make: Callable, shapes: Sequence[Sequence[int]]) -> int:

@@ -1,8 +1,7 @@
 """Timings on a GPU: python bench/gpu_bench.py RESULTS.json [seconds]; the table goes to stdout.
 
-Every row times ours and its baselines by turns, as CUDA graphs (else launches would be timed) where
-they can be captured, over inputs that are rotated past the L2, after a warm-up. Floors are bytes
-over the copy bandwidth and flops over the GEMM rate, both measured in this run.
+How: gpu_timing.py. Floors are bytes over the copy bandwidth and flops over the GEMM rate, both
+measured in this run.
 """
 
 import json
@@ -10,10 +9,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from statistics import median
 
+import gpu_timing as timing
 import torch
 from gpu_checks import relative, spectrum, truth
+from gpu_timing import BFLOAT16, FLOAT32, Calls, copies, eager, line, milliseconds, under
 
 import shampoo_kernels
 from shampoo_kernels import (
@@ -25,92 +25,14 @@ from shampoo_kernels import (
     use_backend,
 )
 
-# tests/test_dry.py runs all of this on a CPU, by the reference, where no time means anything.
-DEVICE, BACKEND = "cuda", "triton"
-ROTATED_BYTES, COPIED_BYTES, RATED_N = 200 << 20, 1 << 29, 8192
-DEADLINE = time.monotonic() + 300.0
-BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
-Calls = list[Callable[[], object]]
-
-
-def milliseconds(variants: dict[str, Calls], rounds: int = 15) -> dict[str, float | None]:
-    """Median milliseconds of one call of each; None for what raised (said on stderr)."""
-    runs: dict[str, tuple[Callable[[], object], int]] = {}
-    for name, calls in variants.items():
-        try:
-            runs[name] = _graph(calls)
-        except Exception as error:
-            torch.cuda.synchronize()
-            print(f"{name}: {type(error).__name__}: {_line(error)}", file=sys.stderr)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, (run, count) in runs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) / count)
-        if time.monotonic() > DEADLINE:
-            break
-    return {name: median(times[name][len(times[name]) // 4 :]) if name in times else None
-            for name in variants}  # fmt: skip
-
-
-def _graph(calls: Calls) -> tuple[Callable[[], object], int]:
-    """All calls as one graph; what cannot be captured (eigh) runs as it is, once."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.synchronize()
-    if getattr(calls[0], "eager", False):
-        return calls[0], 1
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    return graph.replay, len(calls)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
-
-
-def eager(call: Callable[[], object]) -> Callable[[], object]:
-    call.eager = True  # type: ignore[attr-defined]
-    return call
-
-
-def rates() -> dict[str, float]:
-    """GB/s of a copy, TFLOP/s of large products."""
-    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
-    found = {"copy GB/s": 2 * source.nbytes / _rate([lambda: source.clone()]) / 1e6}
-    for name, dtype, tf32 in (
-        ("bf16", BFLOAT16, False),
-        ("tf32", FLOAT32, True),
-        ("fp32", FLOAT32, False),
-    ):
-        A = torch.randn(RATED_N, RATED_N, device=DEVICE).to(dtype)
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        found[f"{name} TFLOP/s"] = 2 * RATED_N**3 / _rate([lambda A=A: A @ A]) / 1e9
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return found
-
-
-def _rate(calls: Calls) -> float:
-    value = milliseconds({"it": calls})["it"]
-    assert value is not None
-    return value
-
-
-def copies(nbytes: int) -> range:
-    return range(min(64, max(1, -(-ROTATED_BYTES // nbytes))))
+BACKEND = "triton"  # tests/test_dry.py: the reference
 
 
 def bench_gram(batch: int, n: int, dtype: torch.dtype, rate: dict[str, float]) -> dict:
-    G = [torch.randn(batch, n, n, device=DEVICE).to(dtype) for _ in copies(6 * batch * n * n)]
-    S = [torch.zeros(batch, n, n, device=DEVICE) for _ in G]
+    G = [
+        torch.randn(batch, n, n, device=timing.DEVICE).to(dtype) for _ in copies(6 * batch * n * n)
+    ]
+    S = [torch.zeros(batch, n, n, device=timing.DEVICE) for _ in G]
 
     def each(call: Callable[[torch.Tensor, torch.Tensor], object]) -> Calls:
         return [lambda s=s, g=g: call(s, g) for s, g in zip(S, G, strict=True)]
@@ -169,15 +91,11 @@ def bench_root(batch: int, n: int, p: int, ridge: float, rate: dict[str, float])
     def ours(method: str, precision: str) -> torch.Tensor:
         return inverse_root(A, p, ridge=ridge, method=method, precision=precision).root
 
-    def reference() -> torch.Tensor:
-        with use_backend("reference"):
-            return inverse_root(A, p, ridge=ridge, method="newton").root
-
     variants: dict[str, Callable[[], object]] = {
         "ours": lambda: ours("newton", "highest"),
         "ours, product high": lambda: ours("product", "high"),
         "27 fp16 baddbmm": lambda: half_products(A),
-        "same schedule, fp32 bmm": reference,
+        "same schedule, fp32 bmm": under("reference", lambda: ours("newton", "highest")),
         "coupled Newton, bmm": lambda: meta_newton(A, p, ridge),
         "coupled Newton, per block": eager(lambda: [meta_newton(a, p, ridge) for a in A]),
         "torch.linalg.eigh, 4 blocks": eager(lambda: torch.linalg.eigh(A[:4])),
@@ -200,8 +118,11 @@ def bench_root(batch: int, n: int, p: int, ridge: float, rate: dict[str, float])
 
 
 def bench_precondition(batch: int, n: int, rate: dict[str, float]) -> dict:
-    G = torch.randn(batch, n, n, device=DEVICE).bfloat16()
-    L, R = torch.randn(batch, n, n, device=DEVICE), torch.randn(batch, n, n, device=DEVICE)
+    G = torch.randn(batch, n, n, device=timing.DEVICE).bfloat16()
+    L, R = (
+        torch.randn(batch, n, n, device=timing.DEVICE),
+        torch.randn(batch, n, n, device=timing.DEVICE),
+    )
     found = milliseconds({
         "ours": [lambda: precondition(G, L, R)],
         "two fp32 bmm and a norm": [lambda: (L @ G.float() @ R).square().sum((1, 2))],
@@ -215,17 +136,14 @@ def bench_precondition(batch: int, n: int, rate: dict[str, float]) -> dict:
 def bench_bound(batch: int, n: int, rate: dict[str, float]) -> dict:
     A = [spectrum(n, 1e3, blocks=1).repeat(batch, 1, 1) for _ in copies(4 * batch * n * n)]
 
-    def reference(a: torch.Tensor) -> torch.Tensor:
-        with use_backend("reference"):
-            return eigenvalue_bound(a)
-
     found = milliseconds({
         "ours": [lambda a=a: eigenvalue_bound(a) for a in A],
-        "reference": [lambda a=a: reference(a) for a in A],
+        "reference": [under("reference", lambda a=a: eigenvalue_bound(a)) for a in A],
         "Frobenius": [lambda a=a: torch.linalg.matrix_norm(a) for a in A],
     })  # fmt: skip
     floor = 2.0 * batch * n * (n + 1) / rate["copy GB/s"] / 1e6
-    error = (eigenvalue_bound(A[0]) / reference(A[0]) - 1).abs().max().item()
+    expected: torch.Tensor = under("reference", lambda: eigenvalue_bound(A[0]))()  # type: ignore
+    error = (eigenvalue_bound(A[0]) / expected - 1).abs().max().item()
     return {"case": f"eigenvalue_bound {batch} x {n}²", "milliseconds": found, "floor": floor,
             "error": error}  # fmt: skip
 
@@ -298,36 +216,36 @@ def markdown(results: dict) -> str:
 
 def main(argv: list[str]) -> int:
     """RESULTS.json [seconds]"""
-    global DEADLINE
     if not torch.cuda.is_available():
         print("there is no GPU here: nothing was measured", file=sys.stderr)
         return 1
     import triton
 
-    DEADLINE = time.monotonic() + (float(argv[1]) if len(argv) > 1 else 300.0)
+    timing.DEADLINE = time.monotonic() + (float(argv[1]) if len(argv) > 1 else 300.0)
     results: dict = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "rates": rates(),
+        "rates": timing.rates(),
         "rows": [],
         "left out": [],
     }
     from gpu_bench_native import jobs as native_jobs
     from gpu_bench_peers import jobs as peer_jobs
+    from gpu_bench_quack import jobs as quack_jobs
+    from gpu_bench_steps import jobs as step_jobs
 
+    every = native_jobs() + jobs() + quack_jobs() + step_jobs() + peer_jobs()
     with use_backend(BACKEND):
-        for function, arguments in native_jobs() + jobs() + peer_jobs():
+        for function, arguments in every:
             name = f"{function.__name__}{arguments}"[:80]
-            if time.monotonic() > DEADLINE:
+            if time.monotonic() > timing.DEADLINE:
                 results["left out"].append(f"not measured, out of time: {name}")
                 continue
             try:
                 results["rows"].append(function(*arguments, results["rates"]))
             except Exception as error:
-                results["left out"].append(
-                    f"failed: {name}: {type(error).__name__}: {_line(error)}"
-                )
+                results["left out"].append(f"failed: {name}: {type(error).__name__}: {line(error)}")
             torch.cuda.empty_cache()
     with open(argv[0], "w") as file:
         json.dump(results, file, indent=1)

@@ -4,23 +4,17 @@ import math
 from collections.abc import Callable
 
 import torch
-from gpu_bench import eager, meta_newton, milliseconds
+from cases import GPT2, LLAMA_1B, Shape
+from gpu_bench import meta_newton
 from gpu_checks import relative, spectrum, truth
 from gpu_checks_native import small_root, why_not
+from gpu_timing import BFLOAT16, eager, milliseconds, under
 
-from shampoo_kernels import inverse_root, orthogonal_iteration, power_iteration, use_backend
+from shampoo_kernels import inverse_root, orthogonal_iteration, power_iteration
 from shampoo_kernels.ops.pack import Pieces
 
-BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 BLOCK = 1024
-
-
-def under(backend: str, call: Callable[[], object]) -> Callable[[], object]:
-    def run() -> object:
-        with use_backend(backend):
-            return call()
-
-    return run
+MODELS = {"GPT-2 124M": GPT2, "Llama 1B": LLAMA_1B}
 
 
 def bench_small_root(batch: int, n: int, p: int, ridge: float, rate: dict[str, float]) -> dict:
@@ -58,31 +52,12 @@ def bench_small_root(batch: int, n: int, p: int, ridge: float, rate: dict[str, f
     }
 
 
-def gpt2() -> list[tuple[int, int]]:
-    """The matrices of GPT-2 with 124M parameters."""
-    layer = [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
-    return [(50257, 768), (1024, 768), *layer * 12]
-
-
-def llama_1b() -> list[tuple[int, int]]:
-    """The matrices of a Llama with 1.2B parameters: 16 layers, width 2048, 8 heads for keys."""
-    layer = [
-        (2048, 2048),
-        (512, 2048),
-        (512, 2048),
-        (2048, 2048),
-        *[(8192, 2048)] * 2,
-        (2048, 8192),
-    ]
-    return [(128256, 2048), *layer * 16]
-
-
 def blocks(matrix: torch.Tensor) -> list[torch.Tensor]:
     return [piece for rows in matrix.split(BLOCK) for piece in rows.split(BLOCK, dim=1)]
 
 
 def bench_pack(
-    name: str, shapes: list[tuple[int, int]], dtype: torch.dtype, apply: bool,
+    name: str, shapes: list[Shape], dtype: torch.dtype, apply: bool,
     rate: dict[str, float],
 ) -> dict:  # fmt: skip
     """Share of the copy bandwidth; against a copy per block and torch._foreach_copy_."""
@@ -147,7 +122,7 @@ def jobs() -> list[tuple[Callable[..., dict], tuple]]:
     if why_not():
         return []
     roots = [(4096, 32), (4096, 64), (1024, 128)]
-    models = [("GPT-2 124M", gpt2()), ("Llama 1B", llama_1b())]
+    models = [(name, [s for s in shapes if len(s) == 2]) for name, shapes in MODELS.items()]
     return [
         *((bench_small_root, (batch, n, 2, 1e-6)) for batch, n in roots),
         *((bench_pack, (name, shapes, BFLOAT16, apply))

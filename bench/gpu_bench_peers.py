@@ -5,9 +5,9 @@ import contextlib
 import functools
 from collections.abc import Callable
 
-import gpu_bench
+import gpu_timing as timing
 import torch
-from gpu_bench import eager, milliseconds
+from gpu_timing import eager, milliseconds
 from peer_runs import CYCLE, PEERS, package_of
 
 from shampoo_kernels.integrations._patching import UnsupportedPeer
@@ -17,7 +17,7 @@ def bench_peer(name: str, rate: dict[str, float]) -> dict:
     """Errors as in bench_integrations: of the way that the parameters went, against float64."""
     peer = PEERS[name]
     integration, package = package_of(peer.module)
-    start = functools.partial(peer.run, package, device=gpu_bench.DEVICE)
+    start = functools.partial(peer.run, package, device=timing.DEVICE)
     exactly = integration.enable if peer.inexact else contextlib.nullcontext
     truth = start(exactly, dtype=torch.float64, **peer.exact).way()
     runs = {"ours": start(integration.enable), "the peer alone": start(contextlib.nullcontext)}

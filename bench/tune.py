@@ -3,8 +3,8 @@
     python bench/tune.py [--seconds 1200] [--results bench/results/<name of the GPU>]
 
 writes shampoo_kernels/kernels/tuned.py, whose rows table.py takes first, and tune.json with every
-time behind them. Candidates run by turns, as in gpu_bench.py, over inputs that are rotated past the
-L2; a candidate whose error against float64 is larger than its arithmetic allows is left out.
+time behind them. Candidates run by turns, as in gpu_timing.py, over inputs that are rotated past
+the L2; a candidate whose error against float64 is larger than its arithmetic allows is left out.
 """
 
 import argparse
@@ -160,14 +160,14 @@ def tune(
 
 def on_the_gpu(point: Point, rows: list[table.Row]) -> list[Timing]:
     """Each candidate over the same rotated inputs, by turns, medians; those that fail, left out."""
-    import gpu_bench
     import gpu_checks
+    import gpu_timing as timing
 
     dtype = gpu_checks.BFLOAT16 if point.mode == "16-bit" else gpu_checks.FLOAT32
     if point.mode == "16-bit" and point.op == "product":
         dtype = gpu_checks.FLOAT16
     batch, n, k = point.batch, point.n, point.k
-    count = gpu_bench.copies(batch * n * (k * dtype.itemsize + 4 * n))
+    count = timing.copies(batch * n * (k * dtype.itemsize + 4 * n))
     A = [gpu_checks.draw(batch, n, k, seed=seed, dtype=dtype) for seed in count]
     columns = min(n, 16) if point.op == "power_iteration" else n
     D = [gpu_checks.draw(batch, n, columns, seed=seed) for seed in count]
@@ -178,7 +178,7 @@ def on_the_gpu(point: Point, rows: list[table.Row]) -> list[Timing]:
         ]
         for name, row in names.items()
     }
-    times = gpu_bench.milliseconds(calls, rounds=9)
+    times = timing.milliseconds(calls, rounds=9)
     exact = A[0][:1].double() @ A[0][:1, :columns].double().mT
     found = []
     for name, row in names.items():
@@ -227,9 +227,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=1200)
     parser.add_argument("--results", default=folder)
     options = parser.parse_args(argv)
-    import gpu_bench
+    import gpu_timing as timing
 
-    gpu_bench.DEADLINE = deadline = time.monotonic() + options.seconds
+    timing.DEADLINE = deadline = time.monotonic() + options.seconds
     target = table.target(torch.device("cuda", torch.cuda.current_device()))
     date = datetime.date.today().isoformat()
     versions = f"torch {torch.__version__}, triton {triton.__version__}"

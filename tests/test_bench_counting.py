@@ -44,6 +44,14 @@ def test_ours_keeps_moments_statistics_and_roots():
     assert 4 * floats <= found * m * n <= 4 * floats + 64  # and step counts
 
 
+def test_planned_bytes_are_those_of_the_state():
+    shapes = [(24, 16), (16,), (3, 40, 8)]
+    found = counting.bytes_a_parameter(OPTIMIZERS["ours"], shapes, fake=False)
+    assert counting.planned_bytes_a_parameter(shapes) == pytest.approx(found, rel=1e-6)
+    one_side = counting.planned_bytes_a_parameter(shapes, p=(2, None))
+    assert one_side < counting.planned_bytes_a_parameter(shapes, root_dtype=torch.bfloat16) < found
+
+
 def test_storage_that_is_shared_counts_once():
     A = torch.zeros(10)
     storages = counting._storages({"a": A[:5], "b": [A[5:], (A,)], "c": 3})

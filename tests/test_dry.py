@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import time
+import types
 from pathlib import Path
 
 import emulated_product
@@ -14,12 +15,16 @@ import torch
 
 pytest.importorskip("triton")
 
+from shampoo_kernels import orthogonalize
 from shampoo_kernels.kernels import gram_ema, table
 from shampoo_kernels.kernels import product as product_module
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 SIZES = {"race": (70, 16, 3), "wide offsets": (128, 3), "roots": (33,), "bounds": (1, 33),
          "workspace": (40, 4)}  # fmt: skip
+
+
+REPLACED = {("gpu_checks", "DEVICE"), ("gpu_timing", "DEVICE"), ("gpu_bench", "BACKEND")}
 
 
 class Event:
@@ -98,7 +103,7 @@ def load(name, monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "torch", Torch())
     for attribute, value in (("DEVICE", "cpu"), ("BACKEND", "reference")):
-        monkeypatch.setattr(module, attribute, value, raising=name in ("gpu_checks", "gpu_bench"))
+        monkeypatch.setattr(module, attribute, value, raising=(name, attribute) in REPLACED)
     return module
 
 
@@ -169,16 +174,87 @@ def test_a_check_that_fails_is_said_and_counted(checks, monkeypatch, capsys):
 
 @pytest.fixture
 def bench(checks, monkeypatch):
-    module = load("gpu_bench", monkeypatch)
-    monkeypatch.setattr(module, "ROTATED_BYTES", 1 << 14)
-    monkeypatch.setattr(module, "COPIED_BYTES", 1 << 10)
-    monkeypatch.setattr(module, "RATED_N", 16)
-    return module
+    timing = load("gpu_timing", monkeypatch)
+    monkeypatch.setattr(timing, "ROTATED_BYTES", 1 << 14)
+    monkeypatch.setattr(timing, "COPIED_BYTES", 1 << 10)
+    monkeypatch.setattr(timing, "RATED_N", 16)
+    return load("gpu_bench", monkeypatch)
 
 
 @pytest.fixture
 def peers(bench, monkeypatch):
     return load("gpu_bench_peers", monkeypatch)
+
+
+@pytest.fixture
+def steps(bench, monkeypatch):
+    module = load("gpu_bench_steps", monkeypatch)
+    monkeypatch.setattr(module, "MODELS", {"a model": [(6, 4), (4,), (8, 2, 3)]})
+    return module
+
+
+class Orthogonalizer:
+    """What gram_newton_schulz's two classes compute, by torch."""
+
+    steps = ((2.0, -1.5, 0.5), (1.5, -0.5, 0.0))
+
+    def __init__(self, ns_use_kernels=True, compile_kwargs=()):
+        assert compile_kwargs is None
+
+    def __call__(self, G):
+        return orthogonalize(G, coefficients=self.steps)
+
+
+@pytest.fixture
+def quack(bench, monkeypatch):
+    """The rows of quack and gram_newton_schulz, with stand-ins for both."""
+
+    def gemm_symmetric(A, B, C=None, out=None, out_dtype=None, alpha=1.0, beta=1.0):
+        D = alpha * (A.float() @ B.float()) + (0 if C is None else beta * C)
+        return D.to(out_dtype or A.dtype) if out is None else out.copy_(D)
+
+    iface = types.SimpleNamespace(gemm_symmetric=gemm_symmetric)
+    monkeypatch.setitem(sys.modules, "quack", types.SimpleNamespace(gemm_interface=iface))
+    monkeypatch.setitem(sys.modules, "quack.gemm_interface", iface)
+    peer = types.SimpleNamespace(GramNewtonSchulz=Orthogonalizer,
+                                 StandardNewtonSchulz=Orthogonalizer,
+                                 POLAR_EXPRESS_COEFFICIENTS=Orthogonalizer.steps)  # fmt: skip
+    monkeypatch.setitem(sys.modules, "gram_newton_schulz", peer)
+    module = load("gpu_bench_quack", monkeypatch)
+    monkeypatch.setattr(module, "SIZES", [(2, 12)])
+    monkeypatch.setattr(module, "RECTANGLES", [(2, 6, 12)])
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
+    return module
+
+
+def test_rows_of_quack_and_gram_newton_schulz(quack):
+    rows = [function(*arguments, {"bf16 TFLOP/s": 1.0}) for function, arguments in quack.jobs()]
+    assert len(rows) == 2
+    for row in rows:
+        assert len(row["milliseconds"]) >= 4
+        assert None not in row["milliseconds"].values()
+        assert row["error"] < 0.01
+        assert row["errors"]
+        assert all(error < 0.01 for error in row["errors"].values())
+
+
+def test_whole_steps(steps, monkeypatch):
+    ((function, arguments),) = steps.jobs()
+    row = function(*arguments, {})
+    assert row["case"].startswith("one step of 10, a model, 76 parameters")
+    assert {"ours", "AdamW"} <= set(row["milliseconds"])
+    assert None not in row["milliseconds"].values()
+    monkeypatch.setattr(Cuda, "mem_get_info", lambda self: (100, 100))
+    with pytest.raises(MemoryError, match="are free"):
+        function(*arguments, {})
+
+
+def test_bytes_of_llama_1b(steps):
+    """Moments, statistics and roots in float32, all in bfloat16: 2 + 2 + 8 + 16 a parameter; less
+    for the embedding, whose long side has no factor."""
+    count = steps.cases.count(steps.cases.LLAMA_1B)
+    assert 1.23e9 < count < 1.24e9
+    assert 20 < steps.bytes_needed(steps.cases.LLAMA_1B) / 1.1 / count < 28
 
 
 def small(job):
@@ -187,7 +263,7 @@ def small(job):
     return function, (min(batch, 4), 32, *rest)
 
 
-def test_benchmarks(bench, peers, monkeypatch, tmp_path, capsys):
+def test_benchmarks(bench, peers, quack, steps, monkeypatch, tmp_path, capsys):
     """Every kind of job gives a row; only what a CPU's torch cannot do is said to have failed."""
     jobs = list(dict.fromkeys(map(small, bench.jobs())))
     monkeypatch.setattr(bench, "jobs", lambda: jobs)
@@ -196,7 +272,7 @@ def test_benchmarks(bench, peers, monkeypatch, tmp_path, capsys):
     assert bench.main([str(file), "1000"]) == 0
     results = json.loads(file.read_text())
     assert not results["left out"], results["left out"]
-    assert len(results["rows"]) == len(jobs) + 1
+    assert len(results["rows"]) == len(jobs) + 4
     assert results["rows"][-1]["case"] == "torch.optim.Muon, 10 steps"
     for row in results["rows"]:
         failed = [name for name, value in row["milliseconds"].items() if value is None]
