@@ -317,3 +317,14 @@ def test_kl_statistics_in_an_eigenbasis():
 
     options = {"application": "soap", "graft": None, "basis_method": "eigh"}
     agrees(restated, SQUARE, statistic="kl", **options)
+
+
+def test_coupled_decay_leaves_a_block_of_weights_that_are_not_finite_alone():
+    good, bad = parameters((6, 4), (6, 4))
+    with torch.no_grad():
+        bad[0, 0] = torch.nan
+    optimizer = Shampoo([good, bad], decoupled_weight_decay=False, weight_decay=0.1)
+    train(optimizer, [(p, gradients((6, 4), 3, torch.float32)) for p in (good, bad)])
+    assert good.isfinite().all()
+    assert optimizer.metrics()["skipped_gradients"] == 3
+    assert all(torch.isfinite(x).all() for x in optimizer.state[bad].values())

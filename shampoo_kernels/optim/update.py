@@ -37,7 +37,9 @@ def step_(batch: Batch, inputs: Inputs, group: dict) -> None:
     if batch.has_factors:
         for part, grad, move in by_part:
             statistics.update_(part, grad, move, group)
-    averages = _average_(batch, inputs, grads, moves, steps, rule)
+    # nobody asks for the graft's step of blocks that have a scale of their own
+    wanted = not batch.has_factors or rule.graft is not None
+    averages = _average_(batch, inputs, grads, moves, steps, rule, wanted)
     if batch.has_factors:
         for (part, grad, move), position in zip(by_part, batch.positions, strict=True):
             turn = turns.due(part, inputs.steps, group, position)
@@ -48,7 +50,8 @@ def step_(batch: Batch, inputs: Inputs, group: dict) -> None:
 def follow_(batch: Batch, inputs: Inputs, group: dict) -> None:
     """Bring the moments of blocks along that another rank steps, from the same gradient."""
     grads, moves = _gradients(batch, inputs, group)
-    _average_(batch, inputs, grads, moves, torch.ones_like(moves), _rule(batch, group))
+    steps = torch.ones_like(moves)  # which only the graft's step depends on
+    _average_(batch, inputs, grads, moves, steps, _rule(batch, group), wanted=False)
 
 
 def _rule(batch: Batch, group: dict) -> Rule:
@@ -65,18 +68,19 @@ def _gradients(batch: Batch, inputs: Inputs, group: dict) -> tuple[list[Tensor],
     grads, moves = batch.gradients(inputs.grads, group["maximize"])
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
         weights = batch.pack(inputs.weights)
+        grads = [G + group["weight_decay"] * W for G, W in zip(grads, weights, strict=True)]
+        moves = moves * batch.join([block_norms(G).square() < math.inf for G in grads])
         grads = [
-            torch.where(per_block(move) > 0, grad + group["weight_decay"] * weight, 0)
-            for grad, weight, move in zip(grads, weights, batch.split(moves), strict=True)
+            torch.where(per_block(move) > 0, G, 0)
+            for G, move in zip(grads, batch.split(moves), strict=True)
         ]
     return grads, moves
 
 
 def _average_(
-    batch: Batch, inputs: Inputs, grads: list[Tensor], moves: Tensor, steps: Tensor, rule: Rule
-) -> Averages:
-    # nobody asks for the graft's step of blocks that have a scale of their own
-    wanted = not batch.has_factors or rule.graft is not None
+    batch: Batch, inputs: Inputs, grads: list[Tensor], moves: Tensor, steps: Tensor, rule: Rule,
+    wanted: bool,
+) -> Averages:  # fmt: skip
     entries = []
     for part, grad in zip(batch.parts, grads, strict=True):
         squared = part.parameters[0] in inputs.exp_avg_sqs
