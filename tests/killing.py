@@ -73,14 +73,18 @@ class DyingFile:
         self.file.flush()
 
 
+def local(tensor):
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
+
+
 class Run:
     """Optimizers of `variants`, {name: options}, and their checkpoints in `folder`, two of them."""
 
-    def __init__(self, variants, folder, *, wrap=lambda tensor: tensor, **options):
-        self.folder, self.wrap = Path(folder), wrap
+    def __init__(self, variants, folder, *, shapes=SHAPES, wrap=lambda x: x, **options):
+        self.folder, self.shapes, self.wrap = Path(folder), shapes, wrap
         self.all = {}
         for name, own in variants.items():
-            weights = [nn.Parameter(wrap(p.detach())) for p in parameters(*SHAPES)]
+            weights = [nn.Parameter(wrap(p.detach())) for p in parameters(*shapes)]
             self.all[name] = weights, Shampoo(weights, **{**OPTIONS, **own, **options})
 
     def saved(self):
@@ -91,7 +95,7 @@ class Run:
         content = torch.load(self.folder / f"{step}.pt", **options)
         for name, (weights, optimizer) in self.all.items():
             for weight, value in zip(weights, content[name]["weights"], strict=True):
-                weight.data = value
+                local(weight).copy_(local(value))
             optimizer.load_state_dict(content[name]["optimizer"])
 
     def save(self, step, death=None):
@@ -113,7 +117,7 @@ class Run:
         """The gradients depend on the step and on the weights."""
         for weights, optimizer in self.all.values():
             for index, weight in enumerate(weights):
-                noise = gradients(SHAPES[index], 1, torch.float32, seed=100 * step + index)[0]
+                noise = gradients(self.shapes[index], 1, torch.float32, seed=100 * step + index)[0]
                 weight.grad = weight.detach() + self.wrap(noise)
             optimizer.step()
 
@@ -155,7 +159,10 @@ def one_of_many(rank, world, folder, attempt, kind, variants, last, death):
         run = Run(variants, own, process_group=dist.group.WORLD)
     else:
         mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
-        run = Run(variants, own, wrap=lambda x: distribute_tensor(x, mesh, [Shard(0)]))
+        shapes = [shape for shape in SHAPES if shape]  # fully_shard takes no scalars either
+        run = Run(
+            variants, own, shapes=shapes, wrap=lambda x: distribute_tensor(x, mesh, [Shard(0)])
+        )
     first = torch.tensor(max(run.saved(), default=0))
     dist.all_reduce(first, dist.ReduceOp.MIN)
     if first:

@@ -8,7 +8,7 @@ import killing
 import pytest
 import ranks
 import torch
-from killing import Death
+from killing import Death, local
 from training import SOAP, VARIANTS
 
 STEPS = 7
@@ -35,10 +35,6 @@ def same(path, other):
             assert state.keys() == two["state"][key].keys()
             for what, value in state.items():
                 assert equal(value, two["state"][key][what]), (name, what)
-
-
-def local(tensor):
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def equal(a, b):
