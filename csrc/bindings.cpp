@@ -75,6 +75,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_facts", &build_facts, "Compiler, torch target, instruction sets, CUDA archs.");
   m.def("isas", &shampoo::isas, "Instruction sets of the products that run here, best first.");
   m.def("isa", &shampoo::isa, "The one in use.");
+  m.def("multiplies_bfloat16", &shampoo::multiplies_bf16, "Whether it does that by pairs.");
   m.def(
       "set_isa",
       [](const std::string& name) {

@@ -263,6 +263,7 @@ std::vector<std::string> built_isas();
 // ones ("...-generic": the same code for another vector width, slow, for tests).
 std::vector<std::string> isas();
 std::string isa();                      // the one in use: the best, unless set_isa was called
+bool multiplies_bf16();                 // whether the product in use has instructions for it
 bool set_isa(const std::string& name);  // false, and no change, for a name that isas() lacks
 
 }  // namespace shampoo

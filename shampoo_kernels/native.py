@@ -44,5 +44,11 @@ def isa() -> str | None:
     return None if lib is None else lib.isa()
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the native product multiplies bfloat16 by instructions of its own, which are faster
+    than those of float32."""
+    return lib is not None and lib.multiplies_bfloat16()
+
+
 facts = _read_facts()
 lib, why_not = _load(facts)

@@ -68,6 +68,70 @@ def test_parameters_agree(model, name):
     check_agreement(ours.INTEGRATION, OPTIMIZERS[name], model, torch.float32)
 
 
+# The peer's own tests of what is replaced, restated: those of its optimizers
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("shape", [(5, 3), (3, 9), (6, 6)])
+def test_bfloat16_parameters_agree(name, shape):
+    """To two of their units in the last place, 2^-7 of a binade's lower end, after five steps."""
+    ends = []
+    for within in (contextlib.nullcontext, ours.enable):
+        p = torch.nn.Parameter(random(*shape, dtype=torch.bfloat16))
+        optimizer = OPTIMIZERS[name]([p])
+        with within():
+            for k in range(5):
+                p.grad = random(*shape, seed=k + 1, dtype=torch.bfloat16)
+                optimizer.step()
+        ends.append(p.detach())
+    assert not torch.equal(ends[1], random(*shape, dtype=torch.bfloat16))
+    torch.testing.assert_close(*ends, rtol=2**-6, atol=2**-10)
+
+
+@pytest.mark.parametrize("make", [
+    lambda ps: soap.SOAP(ps, lr=1e-3), lambda ps: soap.SOAP(ps, lr=1e-3, use_kl_shampoo=True),
+    lambda ps: rekls.REKLS(ps, lr=1e-3), lambda ps: soap_v3.KlSoapV3(ps, lr=1e-3),
+    lambda ps: soap_v3.ReklsV3(ps, lr=1e-3), lambda ps: soap_v3.KlMSoap(ps, lr=1e-2),
+], ids=["soap", "soap-kl", "rekls", "kl-soap-v3", "rekls-v3", "kl-m-soap"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_at_the_default_eps(make, dtype):
+    """Where the null space is noise: parameters move and stay finite; what is no matrix raises."""
+    p = torch.nn.Parameter(random(8, 5, dtype=dtype))
+    optimizer = make([p])
+    with ours.enable():
+        for k in range(5):
+            p.grad = random(8, 5, seed=k + 1, dtype=dtype)
+            optimizer.step()
+        assert p.isfinite().all()
+        assert not torch.equal(p, random(8, 5, dtype=dtype))
+        assert optimizer.state[p]["step"] == 5
+        for shape in ((10,), (2, 3, 4)):
+            wrong = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
+            wrong.grad = torch.ones_like(wrong)
+            with pytest.raises(TypeError, match="only supported for 2D"):
+                make([wrong]).step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_streams_change_nothing(name):
+    """Ten steps of ten parameters on eight streams are those on one, to the bit."""
+    shapes = [(5, 3), (8, 4), (3, 7), (6, 6), (4, 5), (10, 3), (3, 9), (7, 4), (5, 5), (8, 6)]
+    ends = []
+    for streams in (None, [torch.cuda.Stream() for _ in range(8)]):
+        parameters = [torch.nn.Parameter(random(*s, dtype=torch.bfloat16).cuda()) for s in shapes]
+        optimizer = OPTIMIZERS[name](parameters)
+        optimizer.stream_list = streams
+        with ours.enable():
+            for k in range(10):
+                for i, p in enumerate(parameters):
+                    p.grad = random(*p.shape, seed=100 * k + i, dtype=torch.bfloat16).cuda()
+                optimizer.step()
+        torch.cuda.synchronize()
+        ends.append([p.detach() for p in parameters])
+    assert all(map(torch.equal, *ends))
+
+
 def test_the_state_is_the_peers():
     states = [run_peer(OPTIMIZERS["kl-soap-v3"], "mlp", torch.float32, within=within)[1]
               for within in (contextlib.nullcontext, ours.enable)]  # fmt: skip
@@ -84,7 +148,7 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 def positive(n, seed):
     G = random(n, n, seed=seed)
-    return G @ G.mT
+    return (G @ G.mT).tril() + (G @ G.mT).tril(-1).mT  # products are symmetric to rounding alone
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (7, 12), (33, 5)])
@@ -112,6 +176,45 @@ def test_factors_are_as_close_to_the_truth_as_the_peers(shape, beta, kl):
         errors = [float((y.double() - truth).norm() / truth.norm()) for y in (x, theirs)]
         # KL: three roundings of the scale, one of Q times it and one of G times that, all squared.
         assert errors[0] <= max(errors[1], (10 if kl else 4) * UNIT)
+
+
+def powers_of_two(*shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return 2.0 ** torch.randint(-4, -1, shape, generator=generator)
+
+
+@pytest.mark.parametrize(("m", "n"), [(4, 5), (3, 3), (5, 4), (3, 10)])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
+def test_factors_need_not_be_symmetric(m, n, beta):
+    """Nor the bases orthogonal: in the peer's tests they are powers of two drawn at random."""
+    start = [powers_of_two(k, k, seed=k) for k in (m, n)]
+    bases = [powers_of_two(k, k, seed=k + 20) for k in (m, n)]
+    values = [(Q * (A @ Q)).sum(0) for Q, A in zip(bases, start, strict=True)]
+    G = powers_of_two(m, n, seed=40).double()
+    weights = [Q.double() / k / v.double() @ Q.double().mT
+               for Q, v, k in zip(bases, values, (m, n), strict=True)]  # fmt: skip
+    kl = [G @ weights[1] @ G.mT, G.mT @ weights[0] @ G]
+    for call, updates in (
+        (lambda f: soap.update_kronecker_factors(f, G.float(), beta), [G @ G.mT, G.mT @ G]),
+        (lambda f: soap.update_kronecker_factors_kl_shampoo(
+            f, G.float(), beta, eigenbasis_list=bases, eigvals_list=values, eps=1e-8
+        ), kl),
+    ):  # fmt: skip
+        factors = [A.clone() for A in start]
+        with ours.enable():
+            call(factors)
+        for found, A, update in zip(factors, start, updates, strict=True):
+            expected = beta * A.double() + (1 - beta) * update
+            error = (found.double() - expected).norm() / expected.norm()
+            assert error <= 10 * UNIT
+
+
+def test_kl_is_for_matrices():
+    with ours.enable(), pytest.raises(TypeError, match="only supported for 2D"):
+        soap.update_kronecker_factors_kl_shampoo(
+            [torch.eye(3)], random(3), 0.9, eps=1e-8,
+            eigvals_list=[torch.ones(3)], eigenbasis_list=[torch.eye(3)],
+        )  # fmt: skip
 
 
 # mat_root_inv_via_scaled_cans: the contract of the peer's tests
@@ -211,14 +314,26 @@ def test_what_syrk_refuses():
     a = torch.ones(2, 16, 16, dtype=torch.bfloat16)
     small = torch.ones(2, 8, 8, dtype=torch.bfloat16)
     for arguments, error, words in (
-        ({"a": a.float()}, TypeError, "a must be bfloat16"),
-        ({"a": a[0]}, TypeError, r"\(B, N, K\)"),
-        ({"a": a, "c": small, "beta": 1.0}, RuntimeError, "c must be"),
-        ({"a": a, "out": small}, RuntimeError, "out must be"),
+        ({"a": a.float()}, TypeError, "must be bfloat16"),
+        ({"a": a[0]}, TypeError, r"must be 3D \(B, N, K\)"),
+        ({"a": a, "c": small, "beta": 1.0}, RuntimeError, r"c must be of shape \(B, N, N\)"),
+        ({"a": a, "c": a.float(), "beta": 1.0}, RuntimeError, "got .*float32.*expected .*bfloat16"),
+        ({"a": a, "out": small}, RuntimeError, "out must be same shape/device/dtype"),
+        ({"a": a, "out": a.to("meta")}, RuntimeError, "got .*meta.*expected .*cpu"),
         ({"a": a, "beta": 1.0}, RuntimeError, "needs a c"),
     ):
         with pytest.raises(error, match=words):
             ours.batched_tsyrk_ex(**arguments)
+
+
+def test_syrk_takes_strides_that_the_peers_refuses():
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randint(-3, 4, (2, 32, 32), generator=generator).bfloat16()
+    a, c, out = wide[:, ::2, ::2], wide[:, 1::2, 1::2], torch.zeros_like(wide)[:, ::2, ::2]
+    c = c + c.mT
+    found = ours.batched_tsyrk_ex(a, c, 1.0, 1.0, out=out)
+    assert found is out
+    assert torch.equal(found, (a.double() @ a.double().mT + c.double()).bfloat16())
 
 
 # The Shampoo protocol

@@ -132,6 +132,20 @@ def test_zero_and_rank_deficient_blocks(method):
     torch.testing.assert_close(roots[0], torch.eye(32) * 1e-6**-0.25, rtol=1e-5, atol=1e-5)
 
 
+def test_one_large_block_is_decomposed_by_all_cores():
+    """By the peer's own call: a core per block leaves the others idle."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        A = blocks(4, n=129, count=2)
+        pair, one = (invert(x, config(), 4, True)[0] for x in (A, A[:1]))
+        assert torch.equal(one, invert(A[:1], config(), 4, False)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert not torch.equal(one[0], pair[0])
+    assert (one[0] - pair[0]).norm() <= 4 * UNIT * 1e2 * 129**0.5 * pair[0].norm()
+
+
 def outcome(A, cfg, enabled):
     try:
         return invert(A, cfg, 4, enabled)[0]

@@ -20,6 +20,7 @@ from peers import (
     true_root,
 )
 
+from shampoo_kernels import native, use_backend
 from shampoo_kernels.integrations import pytorch_optimizer as integration
 
 need(integration.INTEGRATION)
@@ -260,3 +261,31 @@ def test_scalable_shampoo_statistics(shape, kind):
         ends.append(list(made.statistics))
     assert made.is_same_shapes or shape not in ((12, 6), (6, 6))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def _two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.skipif(native.lib is None, reason=str(native.why_not))
+@pytest.mark.parametrize(
+    ("count", "n", "alone"), [(1, 129, True), (1, 128, False), (2, 129, False)]
+)
+def test_one_large_block_is_decomposed_by_all_cores(count, n, alone, monkeypatch):
+    """By the peer's own call: a core per block leaves the others idle."""
+    calls = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda A: calls.append(A.shape) or eigh(A))
+    invert = dash(matrix_eps=1e-5, inverse_root_method="eigh")
+    A = matrices(n, torch.float64)[1 : 1 + count]
+    with integration.enable(), use_backend("native"):
+        found = invert(A, 4)
+    monkeypatch.undo()
+    assert calls == ([(1, 129, 129)] if alone else [])
+    truth, kappa = true_root(A, 4, 2e-5)
+    assert (error(found, truth) <= 4 * rounding(found, kappa, 4)).all()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from shampoo_kernels import orthogonalize
+from shampoo_kernels import native, orthogonalize, use_backend
 
 MUON = (3.4445, -4.7750, 2.0315)
 
@@ -143,6 +143,52 @@ def test_is_what_torch_muon_does(m, n):
     ours = orthogonalize(G, coefficients=MUON).double()
     assert (ours - theirs).norm() / ours.norm() < 15 * 2**-8
     assert (ours - orthogonalize(G, coefficients=MUON, steps=4)).norm() / ours.norm() > 30 * 2**-8
+
+
+@pytest.fixture
+def _narrow():
+    """Products of bfloat16 by pairs, emulated where the CPU has none."""
+    if native.lib is None:
+        pytest.skip(native.why_not)
+    before = native.lib.isa()
+    if not native.multiplies_bfloat16():
+        native.lib.set_isa("avx512-generic")
+    yield
+    native.lib.set_isa(before)
+
+
+@pytest.mark.usefixtures("_narrow")
+@pytest.mark.parametrize(("m", "n"), [(1, 9), (17, 17), (16, 40), (40, 16), (96, 33)])
+def test_muon_in_bfloat16(m, n):
+    """Three operands a step are rounded, by 2^-9 at most, in five steps."""
+    generator = torch.Generator().manual_seed(m)
+    G = torch.randn(4, m, n, generator=generator)
+    exact = orthogonalize(G.double(), coefficients=MUON)
+    medium = functools.partial(orthogonalize, coefficients=MUON, precision="medium")
+    error = (medium(G).double() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert (error <= 15 * 2**-9).all()
+    assert (error >= 2**-13).all()  # it is bfloat16
+    assert torch.equal(medium(G[1]), medium(G)[1])
+    assert torch.equal(medium(-G), -medium(G))
+    assert torch.equal(medium(4 * G), medium(G))
+    G[1], G[2, 0, 0] = 0, torch.nan
+    found = medium(G)
+    assert torch.equal(found[[0, 3]], medium(G[[0, 3]]))
+    assert (found[1] == 0).all()
+    assert found[2].isnan().all()
+
+
+@pytest.mark.usefixtures("_narrow")
+def test_bfloat16_is_for_muon_in_float32():
+    G = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
+    for x, coefficients in ((G, None), (G.double(), MUON)):
+        by_precision = [orthogonalize(x, coefficients=coefficients, precision=p)
+                        for p in ("medium", "highest")]  # fmt: skip
+        assert torch.equal(*by_precision)
+    with use_backend("reference"):
+        by_reference = [orthogonalize(G, coefficients=MUON, precision=p)
+                        for p in ("medium", "highest")]  # fmt: skip
+    assert torch.equal(*by_reference)
 
 
 def test_muon_guard():

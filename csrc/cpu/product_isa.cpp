@@ -73,6 +73,10 @@ std::string isa() {
   return current_product_isa().name;
 }
 
+bool multiplies_bf16() {
+  return runs_bf16_pairs(current_product_isa());
+}
+
 bool set_isa(const std::string& name) {
   for (const ProductIsa* isa : runnable()) {
     if (isa->name == name) {

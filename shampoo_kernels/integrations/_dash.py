@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shampoo_kernels.integrations._stacks import (
     add_to_diagonal,
+    better_by_all_cores,
     eigh_root,
     newton_root,
     solved_by_eigh,
@@ -22,6 +23,8 @@ _Function = Callable[..., Any]
 def inverse_root(original: _Function) -> _Function:
     def compute_inverse_root(self: Any, matrix: Tensor, root: int, group: dict) -> Tensor:
         twice = group["inverse_root_method"] == "eigh"  # so does the peer
+        if twice and better_by_all_cores(matrix):
+            return original(self, matrix, root, group)
         damped = add_to_diagonal(matrix, group["matrix_eps"] * (2 if twice else 1))
         if twice:
             solved = solved_by_eigh(damped, root)

@@ -37,6 +37,14 @@ def solved_by_eigh(A: Tensor, p: float) -> Tensor | None:
     return result.root if bool((result.status <= RootStatus.FELL_BACK).all()) else None
 
 
+def better_by_all_cores(A: Tensor) -> bool:
+    """Is torch.linalg.eigh, whose LAPACK takes all cores for one block, faster than a core per
+    block? For one block alone of more than 128: 1.4 to 1.5 times on two cores; for two, 0.5 to 0.8
+    (n = 160 to 640, two Zen 5 cores, 2026-11-25)."""
+    alone = A.device.type == "cpu" and A.shape[0] == 1 and A.shape[-1] > 128
+    return alone and torch.get_num_threads() > 1
+
+
 def add_to_diagonal(A: Tensor, value: float | Tensor) -> Tensor:
     """A + value*I as a new tensor; value: a number, or (*,) for A (*, n, n)."""
     A = A.clone()

@@ -9,9 +9,9 @@ What `enable()` changes (options, state and formulas stay the peer's):
 - `mat_root_inv_via_scaled_cans`: the Newton iteration, symmetric to the bit, for eigenvalues from
   1e-7 of the largest up, where ten CANS steps end too. A matrix on which it does not converge (one
   host synchronisation asks) gets the peer's steps.
-- `update_kronecker_factors` of SOAP, and its KL-Shampoo form (KL-SOAP, REKLS): one pass over the
-  gradient per factor, without the outer product; KL without the n x n correction. The precision is
-  that of `torch.get_float32_matmul_precision`.
+- `update_kronecker_factors` of SOAP, and its KL-Shampoo form (KL-SOAP, REKLS): half of each outer
+  product, mirrored; KL without the n x n correction. The precision is that of
+  `torch.get_float32_matmul_precision`.
 
 Beside that, for calling by hand: `ShampooPreconditioner`, which follows the peer's
 `ShampooPreconditionerProtocol`, and `batched_tsyrk_ex` for any device and size.
@@ -99,8 +99,12 @@ def _kl_factors(original: _Function) -> _Function:
 
 
 def _accumulate(factor: Tensor, grad: Tensor, beta: float, side: str) -> None:
+    """By way of the new part alone: the peer's functions, and its tests, take factors that are not
+    symmetric, of which `gram_ema_` would read half. Beside the peer's QR the difference is nil."""
     precision = torch.get_float32_matmul_precision()
-    gram_ema_(factor, grad, beta, 1 - beta, side=side, precision=precision)
+    part = torch.empty_like(factor, memory_format=torch.contiguous_format)
+    gram_ema_(part, grad, 0.0, 1.0, side=side, precision=precision)
+    factor.lerp_(part, 1 - beta)
 
 
 def batched_tsyrk_ex(
@@ -128,14 +132,16 @@ def batched_tsyrk_ex(
     """
     if a.dtype != torch.bfloat16 or a.ndim != 3:
         raise TypeError(
-            f"batched_tsyrk_ex: a must be bfloat16 and (B, N, K), got {a.dtype} {tuple(a.shape)}"
+            f"batched_tsyrk_ex: a must be bfloat16 and must be 3D (B, N, K), "
+            f"got {a.dtype} {tuple(a.shape)}"
         )
     shape = (a.shape[0], a.shape[1], a.shape[1])
-    for name, tensor in (("c", c), ("out", out)):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != a.dtype):
+    expected = shape, a.dtype, a.device
+    for tensor, what in ((c, "c must be of shape (B, N, N)"), (out, "out must be same shape")):
+        found = None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)
+        if found not in (None, expected):
             raise RuntimeError(
-                f"batched_tsyrk_ex: {name} must be bfloat16 {shape}, "
-                f"got {tensor.dtype} {tuple(tensor.shape)}"
+                f"batched_tsyrk_ex: {what}/device/dtype, got {found}, expected {expected}"
             )
     if c is None and beta != 0:
         raise RuntimeError(f"batched_tsyrk_ex: beta = {beta} needs a c, got None")

@@ -7,7 +7,8 @@
 Its root invertors, which DashGpu and DashLayerwise share (options and state stay the peer's):
 
 - EVD with the heuristics SHAMPOO (the peer's default) and ABS_ADD: eigh, with the peer's eps, which
-  SHAMPOO adds twice. ABS and RELU stay the peer's.
+  SHAMPOO adds twice. ABS and RELU stay the peer's, and on a CPU with several cores one large block
+  alone.
 - CN and NDB: the root that the peer's iteration goes to, from a start that is not random, for every
   block by itself. Ten of its steps stop far short of it from a condition number of 1e4 on, and
   `newton_steps`, `matrix_scaling_*`, `cn_tolerance` and `matmul_dtype` have no effect.
@@ -27,7 +28,7 @@ from shampoo_kernels.integrations._patching import (
     Integration,
     Replacement,
 )
-from shampoo_kernels.integrations._stacks import MASTERS, add_to_diagonal
+from shampoo_kernels.integrations._stacks import MASTERS, add_to_diagonal, better_by_all_cores
 from shampoo_kernels.integrations._versions import check_if_installed
 from shampoo_kernels.ops.inverse_root import RootStatus, inverse_root
 
@@ -40,7 +41,7 @@ _Function = Callable[..., Any]
 def _decomposed(original: _Function) -> _Function:
     def matrix_root_inv_evd(inp: Tensor, out: Tensor, cfg: Any, root: int) -> Any:
         times = {"SHAMPOO": 2, "ABS_ADD": 1}.get(cfg.evd_heuristic.name)
-        if times is None or inp.dtype not in MASTERS:
+        if times is None or inp.dtype not in MASTERS or better_by_all_cores(inp):
             return original(inp, out, cfg, root)
         return _invert(original, inp, out, cfg, root, times * cfg.eps_inv_root, {"method": "eigh"})
 

@@ -6,7 +6,8 @@
 
 What changes (options, state and formulas stay the peer's):
 
-- DASH: statistics in one pass, the update by `precondition`. "eigh" by eigh. "newton_db" gives the
+- DASH: statistics in one pass, the update by `precondition`. "eigh" by eigh, a block per core; one
+  large block alone, for which LAPACK takes all cores, stays the peer's. "newton_db" gives the
   root that the peer's iteration goes to; ten of its steps stop far short of it from a condition
   number of 1e4 on, and `newton_steps` and `matrix_scaling` have no effect.
 - ScalableShampoo: statistics in one pass; roots of all blocks of a size in one call. The ridge is

@@ -7,6 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from shampoo_kernels import native
 from shampoo_kernels.chooser import choose_for
 from shampoo_kernels.ops import common
 from shampoo_kernels.ops.product import product
@@ -41,7 +42,9 @@ def orthogonalize(
         steps: with one triple of coefficients, how often it is applied; 5 by default.
         coefficients: None for the polar factor; one triple (a, b, c), or a sequence of triples, one
             per step, applied as Muon-type optimizers do: from G / max(‖G‖, 1e-7), Frobenius.
-        precision: of float32 products on a GPU: "highest", "high" or "medium".
+        precision: of float32 products on a GPU: "highest", "high" or "medium". A CPU ignores it,
+            but for one that multiplies bfloat16 itself: there "medium", with coefficients, rounds
+            operands to that, for an error of one or two per cent as in Muon's own steps.
 
     Returns:
         (*, m, n) in the dtype of G. A zero block gives zeros, a block with NaN or Inf gives NaN; no
@@ -88,29 +91,60 @@ def _items(given: object, coefficients: object) -> list:
     return list(given)
 
 
-def _orthogonalize(G: Tensor, coefficients: list[float] | None) -> Tensor:
+def _orthogonalize(G: Tensor, coefficients: list[float] | None, precision: str) -> Tensor:
     """(B, m, n) -> (B, m, n) in float32 or float64."""
-    tall = G.shape[-2] > G.shape[-1]
-    X = (G.mT if tall else G).to(torch.float64 if G.dtype == torch.float64 else torch.float32)
+    X = G.to(torch.float64 if G.dtype == torch.float64 else torch.float32).contiguous()
     scale = X.abs().amax((-2, -1), keepdim=True)
     X = X / torch.where(scale > 0, scale, 1.0)
     backend = choose_for(_OP, X)
-    S = product(X, X.mT, symmetric=True, backend=backend)
     if coefficients is None:
+        S = _gram(X, backend)
         factor = torch.ops.shampoo_kernels.eigenvalue_bound(S)[:, None, None].rsqrt()
         factor = torch.where(scale > 0, factor, scale)  # NaN stays NaN
-        steps = _polar_steps(X.dtype)
-    else:
-        norm = S.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()[:, None, None]  # of G / scale
-        factor = 1 / torch.maximum(norm, _MUON_EPS / scale)
-        steps = tuple(zip(*[iter(coefficients)] * 3, strict=True))
-    X, S = X * factor, S * factor**2
-    for k, (a, b, c) in enumerate(steps):
-        if k > 0:
-            S = product(X, X.mT, symmetric=True, backend=backend)
+        return _steps(X * factor, _polar_steps(X.dtype), backend, S * factor**2)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)  # of G / scale
+    X = X / torch.maximum(norm, _MUON_EPS / scale)
+    steps = tuple(zip(*[iter(coefficients)] * 3, strict=True))
+    if precision == "medium" and backend == "native" and native.multiplies_bfloat16():
+        return _narrow_steps(X, steps)
+    return _steps(X, steps, backend)
+
+
+def _steps(
+    X: Tensor, steps: Sequence[Sequence[float]], backend: str, S: Tensor | None = None
+) -> Tensor:
+    """S: the first _gram(X), where it is known already."""
+    tall = X.shape[-2] > X.shape[-1]
+    for a, b, c in steps:
+        S = _gram(X, backend) if S is None else S
         W = product(S, S, S, b=b, c=c, symmetric=True, backend=backend)
-        X = product(W, X, X, b=a, backend=backend)
-    return X.mT if tall else X
+        left, right = (X, W) if tall else (W, X)
+        X, S = product(left, right, X, b=a, backend=backend), None
+    return X
+
+
+def _gram(X: Tensor, backend: str) -> Tensor:
+    """X Xᵀ or Xᵀ X, whichever is smaller."""
+    X = X.mT if X.shape[-2] > X.shape[-1] else X
+    return product(X, X.mT, symmetric=True, backend=backend)
+
+
+def _narrow_steps(X: Tensor, steps: Sequence[Sequence[float]]) -> Tensor:
+    """With operands in bfloat16, sums in float32, by the native product. S is rounded wherever it
+    comes in: only what is a polynomial of one matrix commutes with it."""
+    multiply = torch.ops.shampoo_kernels_native.product_
+    tall = X.shape[-2] > X.shape[-1]
+    S = X.new_empty(X.shape[0], *[min(X.shape[1:])] * 2)
+    for a, b, c in steps:
+        Y = X.bfloat16()
+        wide = Y.mT if tall else Y
+        multiply(S, wide, wide.mT, None, 0.0, 0.0, 1.0, True)
+        T = S.bfloat16()
+        multiply(S.copy_(T), T, T, None, a, b, c, True)  # aI + bT + cT²
+        W = S.bfloat16()
+        left, right = (Y, W) if tall else (W, Y)
+        multiply(X, left, right, None, 0.0, 0.0, 1.0, False)
+    return X
 
 
 def _polar_steps(dtype: torch.dtype) -> tuple[tuple[float, ...], ...]:
@@ -136,7 +170,7 @@ def _implementation(G, coefficients=None, *, precision="highest") -> Tensor:
     _check(G, coefficients, precision=precision)
     if G.numel() == 0:
         return G.new_empty(G.shape)
-    return _orthogonalize(G, coefficients).to(G.dtype).contiguous()
+    return _orthogonalize(G, coefficients, precision).to(G.dtype).contiguous()
 
 
 def _fake(G, coefficients=None, *, precision="highest") -> Tensor:
