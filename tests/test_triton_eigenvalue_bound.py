@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 @pytest.fixture(params=["one program", "strips"], autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setattr(
-        op, "choose", lambda op, device, dtype: "triton" if dtype == torch.float32 else "reference"
+        op, "choose_for", lambda op, x: "triton" if x.dtype == torch.float32 else "reference"
     )
     if request.param == "strips":
         monkeypatch.setattr(kernels, "_ONE_PROGRAM", 0)

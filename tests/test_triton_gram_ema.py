@@ -21,7 +21,7 @@ pytestmark = [
 @pytest.fixture
 def triton_everywhere(monkeypatch):
     for module in (gram_ema, power_step):
-        monkeypatch.setattr(module, "choose", lambda op, device, dtype: "triton")
+        monkeypatch.setattr(module, "choose_for", lambda op, x: "triton")
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 9), (9, 1), (17, 40), (64, 48), (70, 33)])

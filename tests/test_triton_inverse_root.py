@@ -28,7 +28,7 @@ UNITS = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 @pytest.fixture(autouse=True)
 def backend(monkeypatch):
     """Everything by the drivers, on the emulated kernel unless a test asks for the interpreter."""
-    monkeypatch.setattr(op, "choose", lambda *_: "triton")
+    monkeypatch.setattr(op, "choose_for", lambda *_: "triton")
     monkeypatch.setattr(kernels, "multiply", emulated_product.product)
     return "triton"
 
@@ -240,7 +240,7 @@ def test_a_refresh_by_a_graph(monkeypatch, method):
 def test_the_bound_is_of_the_same_backend(monkeypatch):
     """Where the roots are Triton's, one launch of its bound serves the whole stack."""
     launches, launch = [], bound_kernels.run
-    monkeypatch.setattr(bound_op, "choose", lambda *_: "triton")
+    monkeypatch.setattr(bound_op, "choose_for", lambda *_: "triton")
     monkeypatch.setattr(
         bound_kernels, "run", lambda kernel, *rest: launches.append(kernel) or launch(kernel, *rest)
     )

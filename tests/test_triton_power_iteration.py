@@ -20,7 +20,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
     monkeypatch.setattr(
-        op, "choose", lambda op, device, dtype: "triton" if dtype == torch.float32 else "reference"
+        op, "choose_for", lambda op, x: "triton" if x.dtype == torch.float32 else "reference"
     )
 
 
