@@ -73,7 +73,22 @@ def switched(enabled):
     return ours.enable() if enabled else contextlib.nullcontext()
 
 
-def factors(optimizer, parameters):
+def blocks_of(parameters, optimizer):
     """The peer's state of every block, in order."""
     states = (optimizer.state[p] for p in parameters)
     return [b["shampoo"] for state in states for b in state.values() if isinstance(b, dict)]
+
+
+def trained(make, enabled, shapes, steps, dtype=torch.float64, without=()):
+    """(parameters, the peer's optimizer) after noise for gradients, of a scale to each parameter;
+    those in `without` get none."""
+    generator = torch.Generator().manual_seed(3)
+    parameters = [torch.zeros(s, dtype=dtype, requires_grad=True) for s in shapes]
+    with switched(enabled):
+        optimizer = make(parameters)
+        for _ in range(steps):
+            for i, p in enumerate(parameters):
+                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                p.grad = None if i in without else (noise * (i + 1)).to(dtype)
+            optimizer.step()
+    return parameters, optimizer

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import pkgutil
+import threading
 from fractions import Fraction
 
 import pytest
@@ -10,13 +12,16 @@ from meta_shampoo import (
     AFTER,
     EIGEN,
     HIGHER,
+    KL,
     NEWTON,
+    PLAIN,
     RELATIVE,
     kernel_config,
     lists,
     maker,
     matrix_functions,
     ours,
+    trained,
     types,
 )
 from peers import MODELS, check_agreement, check_state, run, task
@@ -155,9 +160,8 @@ def test_a_success_resets_the_count_of_failures(monkeypatch):
 
 
 def namespace():
-    owners = [lists, matrix_functions, lists.BaseShampooPreconditionerList,
-              lists.RootInvShampooPreconditionerList]  # fmt: skip
-    return [dict(vars(owner)) for owner in owners]
+    owners = {pkgutil.resolve_name(r.owner) for r in ours.INTEGRATION._replacements}
+    return {owner: dict(vars(owner)) for owner in owners}
 
 
 def test_switched_off_nothing_is_left():
@@ -183,3 +187,29 @@ def test_another_version_is_refused(monkeypatch, what):
         with pytest.raises(UnsupportedPeer, match=r"^distributed_shampoo: "):
             ours.enable()
     assert namespace() == before
+
+
+def test_threads_train_side_by_side():
+    """Each switches on and off by itself, in the middle of the other's steps."""
+    before, found, kinds = namespace(), {}, (PLAIN, KL, PLAIN, KL)
+    start = threading.Barrier(len(kinds))
+
+    def train(i):
+        start.wait()
+        for _ in range(3):
+            found[i] = parameters_after(maker(kind=kinds[i]), enabled=True)
+
+    threads = [threading.Thread(target=train, args=(i,)) for i in range(len(kinds))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert namespace() == before
+    for i, kind in enumerate(kinds):
+        alone = parameters_after(maker(kind=kind), enabled=False)
+        assert (found[i] - alone).norm() <= 1e-9 * alone.norm()
+
+
+def parameters_after(make, enabled):
+    parameters, _ = trained(make, enabled, [(12, 8), (8, 8), (12, 8), (5,)], steps=8)
+    return torch.cat([p.detach().flatten() for p in parameters])
