@@ -34,7 +34,7 @@ def preconditioned(original: Callable[..., Any]) -> Callable[..., Any]:
         update = known.get(type(self)._compute_preconditioned_gradient)
         if update is None:
             return original(self, masked_grad_list)
-        results = [Tensor()] * len(masked_grad_list)
+        results = list(masked_grad_list)
         for part in by_shape(self, masked_grad_list):
             if not part.sides:  # what the peer returns may be the gradient itself
                 for i, block in zip(part.indices, part.blocks, strict=True):
@@ -115,7 +115,7 @@ def orthogonalized(original: Callable[..., Any]) -> Callable[..., Any]:
         groups = defaultdict(list)
         for i, grad in enumerate(masked_grad_list):
             groups[grad.shape, grad.dtype, grad.device].append(i)
-        results = [Tensor()] * len(masked_grad_list)
+        results = list(masked_grad_list)
         for (shape, dtype, _), members in groups.items():
             scale = config.scale_by_dims_fn(shape[1], shape[0])
             for part in chunks(members, shape.numel(), _ORTHOGONALIZED):
