@@ -34,6 +34,7 @@ AFTER = types.EigenConfig(
 NEWTON = types.CoupledNewtonConfig(tolerance=1e-13)
 HIGHER = types.CoupledHigherOrderConfig(rel_epsilon=0.0, abs_epsilon=1e-6, tolerance=1e-20)
 RELATIVE = types.CoupledHigherOrderConfig(rel_epsilon=1e-5, abs_epsilon=0.0, tolerance=1e-20)
+LARGER = types.CoupledHigherOrderConfig(rel_epsilon=1e-5, abs_epsilon=1e-6, tolerance=1e-20)
 EIGH = types.EighEigendecompositionConfig()
 QR = types.QREigendecompositionConfig()
 # For eigenvalue-corrected Shampoo, which sees the bases themselves: those of a null space are a

@@ -132,6 +132,16 @@ def test_failures_are_the_peers(config, spoil, expected):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_root_that_its_dtype_cannot_hold_fails_as_the_peers():
+    """1/epsilon is 1e6 where a null space is inverted, and float16 ends at 65504."""
+    make = maker(dtype=torch.float32, inv_factor_matrix_dtype=torch.float16,
+                 inverse_exponent_override={1: 1.0})  # fmt: skip
+    alone = outcome(make, lambda *_: None)
+    with ours.enable():
+        assert outcome(make, lambda *_: None) == alone == (2, "PreconditionerValueError")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_failures_of_the_kernel_config_are_counted_as_the_peers():
     """Three refreshes in a row keep the old root of what does not converge, the fourth raises."""
     often = {"precondition_frequency": 1, "start_preconditioning_step": 1}

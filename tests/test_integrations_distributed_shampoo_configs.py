@@ -18,6 +18,7 @@ from meta_shampoo import (
     FULL_RANK,
     HIGHER,
     KL,
+    LARGER,
     NEWTON,
     PLAIN,
     QR,
@@ -60,6 +61,7 @@ ROWS = [
     ({"config": NEWTON}, ALL, set()),
     ({"config": HIGHER}, ALL, set()),
     ({"config": RELATIVE}, ALL, set()),
+    ({"config": LARGER}, ALL, set()),
     ({"config": HIGHER, "inverse_exponent_override": {2: 0.4}}, ALL, PEERS_ROOT),
     ({"config": EIGEN, "inverse_exponent_override": {2: 0.3}}, ALL, set()),
     ({"kind": KL}, ALL, set()),
@@ -130,6 +132,7 @@ def test_every_config_agrees_and_is_served_as_the_table_says(options, of_ours, o
         {"use_symmetric_packing": False},
         {"use_trace_scaling": True},
         {"use_trace_scaling": True, "trace_scaling_exponent": 0.25},
+        {"use_trace_scaling": True, "epsilon": 10.0},  # the trace counts as epsilon at least
         {"inverse_exponent_override": {2: {0: 0.5, 1: 0.5}, 1: 1.0, 4: {0: 0.0}}},
         {"inverse_exponent_override": {1: 0.0}},  # vectors have no factor
         {"drop_weighting_factor_on_gsquare": True},

@@ -31,8 +31,8 @@ def mlp():
 
 
 def equal():
-    """Every parameter of one size: gloo's all-to-all takes no others, and the peer's ROUND_ROBIN
-    sends parameters whole (ProcessGroupGloo::alltoall: invalid tensor size)."""
+    """Every parameter of one size, for the peer's ROUND_ROBIN, which gives every rank whole ones by
+    an all-to-all: with others gloo says "ProcessGroupGloo::alltoall: invalid tensor size"."""
     sizes = (20, 40, 20, 40, 20)
     layers = (nn.Linear(*pair, bias=False) for pair in itertools.pairwise(sizes))
     return nn.Sequential(*(module for layer in layers for module in (layer, nn.Tanh())))
@@ -49,7 +49,8 @@ def replicated(model, options):
 
 
 def flat_sharded(model, options, mesh=None):
-    """By FSDP 1, which wants to hear of a CPU."""
+    """By FSDP 1, which without device_id "needs a non-CPU accelerator device". (Its HYBRID_SHARD of
+    one shard is NO_SHARD, which the peer refuses: "Input tensor is not flat".)"""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
     strategy = ShardingStrategy.HYBRID_SHARD if mesh else ShardingStrategy.FULL_SHARD

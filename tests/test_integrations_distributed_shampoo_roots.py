@@ -61,6 +61,30 @@ def test_roots_are_as_close_to_the_truth_as_the_peers(config, root, condition):
     assert errors[0] <= max(1.01 * errors[1], 4 * 2.0**-24 * 10 ** (condition / 2) * 32**0.5)
 
 
+def test_roots_that_no_iteration_has_are_left_to_the_peer():
+    for config in (types.CoupledNewtonConfig(), HIGHER):
+        for root, ours_is in ((1, True), (64, True), (65, False), (Fraction(5, 2), False)):
+            call = configs.call_for(config, Fraction(root), 1e-6, torch.float32, 8)
+            assert (call is not None) == ours_is
+    assert configs.call_for(EIGEN, Fraction(5, 2), 1e-6, torch.float32, 8) is not None
+    assert configs.call_for(EIGEN, Fraction(2), 1e-6, torch.bfloat16, 8) is None
+
+
+@pytest.mark.parametrize("rtol", [None, 0.0, 1e-5])
+def test_the_rank_is_the_peers(rtol):
+    """Eigenvalues on both sides of rtol and of n eps, which None stands for."""
+    stability = types.PseudoInverseConfig(rank_rtol=rtol)
+    config = types.EigenConfig(rank_deficient_stability_config=stability)
+    n, eps = 32, torch.finfo(torch.float32).eps
+    small = torch.tensor([1.5 * eps, 8 * eps, 60 * eps, 5e-6, 2e-5, 1e-3])
+    A = torch.diag(torch.cat([torch.ones(n - len(small)), small]))
+    (found,), solved = in_one_call(A[None], 2, config)
+    expected = matrix_functions.matrix_inverse_root(A, Fraction(2), config)
+    assert solved
+    assert ((found.diagonal() == 0) == (expected.diagonal() == 0)).all()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 EASY = [
     (torch.diag(torch.tensor([1.0, 4.0])), torch.diag(torch.tensor([1.0, 0.5])), 2),
     (torch.tensor([[1195.0, -944, -224], [-944, 746, 177], [-224, 177, 42]]),
