@@ -4,102 +4,85 @@
 
     distributed_shampoo.enable()  # or for a while: with distributed_shampoo.enable(): ...
 
-`DistributedShampoo`, its options, its state and all its distributed variants stay. What changes:
+`DistributedShampoo`, its options, its state and its distribution (SingleDeviceDistributedConfig,
+DDPDistributedConfig, FSDPDistributedConfig, HSDPDistributedConfig, FullyShardDistributedConfig and
+HybridShardDistributedConfig) stay: every rank does what follows with the blocks that it holds, all
+blocks of one shape at a time. What is not replaced runs as it is. By preconditioner_config:
 
-- RootInvShampoo and RootInvKLShampoo: one call per size and root for all blocks of a parameter
-  group, not one per factor. EigenConfig asks for eigh on a CPU and for the Newton iteration on a
-  GPU (eigh where that does not converge), CoupledNewtonConfig and CoupledHigherOrderConfig with an
-  integer root for the iteration; each damps as the peer does. What is not finite or not solved goes
-  the peer's own way, factor by factor, with its warnings, its exceptions and its count of tolerated
-  failures. One host synchronisation per group and refresh is left.
-- All but KL-Shampoo: factors of equally shaped blocks are accumulated together, in float32 or
-  better, whatever the gradients' dtype, into the packed triangles.
+                            roots or bases    factors    updates
+RootInvShampoo              see below         replaced   replaced
+RootInvKLShampoo            see below         replaced   replaced
+EigendecomposedShampoo      the peer's (1)    replaced   the peer's (2)
+EigendecomposedKLShampoo    the peer's (1)    replaced   the peer's (2)
+EigenvalueCorrectedShampoo  the peer's (1)    replaced   replaced
+SpectralDescent             none              none       NewtonSchulzOrthogonalization replaced,
+                                                         SVDOrthogonalization the peer's (3)
+SignDescent, SGD, AdaGrad,  none              none       the peer's, entry by entry
+RMSprop, Adam
 
-`KernelRootInvConfig` is a config for preconditioner_config that names these kernels and damps
-relative to the largest eigenvalue, which rank-deficient factors in float32 want.
+and by amortized_computation_config, for the roots:
+
+Eigen, Perturbation         eigh on a CPU, the Newton iteration on a GPU, eigh where it fails
+Eigen, PseudoInverse        eigh; the peer's with rank_atol, which is absolute
+Eigen with offloading       the peer's
+CoupledNewton,              the Newton iteration; the peer's for roots that are no integers
+CoupledHigherOrder
+EighEigendecomposition,     the peer's (1)
+QREigendecomposition
+KernelRootInv               these kernels by name, with damping relative to the largest eigenvalue,
+                            which rank-deficient factors in float32 want
+
+(1) eigh is the same library's either way. `orthogonal_iteration` lifts the null space, in float32
+    by up to an eighth of the largest eigenvalue: it is not the iteration that the peer does.
+(2) Made of the eigenvectors anew in every step, which no kernel here does.
+(3) What the null space becomes is not defined, and theirs and ours differ there.
+
+Roots are damped as the peer damps. What is not finite or not solved goes the peer's own way, factor
+by factor, with its warnings, its exceptions and its count of tolerated failures. One host
+synchronisation per list and refresh is left. Sums are in float32 or better whatever the dtypes of
+gradients and factors. Subclasses of the peer's lists that have their own formulas keep them.
 """
 
 import dataclasses
 import inspect
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shampoo_kernels.integrations._distributed_shampoo_config import kernel_config
-from shampoo_kernels.integrations._distributed_shampoo_factors import chunks, gram, pack, unpack
+from shampoo_kernels.integrations._distributed_shampoo_config import (
+    Call,
+    call_for,
+    kernel_config,
+    root_of,
+)
+from shampoo_kernels.integrations._distributed_shampoo_factors import (
+    chunks,
+    gram,
+    pack,
+    side_of,
+    unpack,
+)
+from shampoo_kernels.integrations._distributed_shampoo_updates import (
+    corrected,
+    orthogonalized,
+    preconditioned,
+)
 from shampoo_kernels.integrations._patching import (
     Enabled,
     Integration,
     Replacement,
     UnsupportedPeer,
 )
-from shampoo_kernels.integrations._stacks import MASTERS, add_to_diagonal
 from shampoo_kernels.integrations._versions import check_if_installed
-from shampoo_kernels.ops.inverse_root import RootStatus, inverse_root
 
 VERSIONS = ("1.0.0",)  # of torch-shampoo, at commit f606606
 _PACKAGE = "distributed_shampoo.preconditioner"
 _Function = Callable[..., Any]
-# The smallest eigenvalue, relative to the bound, that iterations are made for: the peer's damping
-# is absolute, so that nothing is known of it before. The least that float32 bears.
-_FLOOR = {torch.float32: 1e-6, torch.float64: 1e-12}
-
-
-class _Call(NamedTuple):
-    """What `inverse_root` is asked for, and what is added to the diagonal: a number, or (B,)."""
-
-    options: dict[str, Any]
-    damping: Callable[[Tensor], float | Tensor]
-
-
-def _call(config: Any, root: Fraction, epsilon: float, dtype: torch.dtype, n: int) -> _Call | None:
-    """For one of the peer's configs; None where the peer does it alone."""
-    from distributed_shampoo.preconditioner import matrix_functions_types as types
-
-    if dtype not in MASTERS or root <= 0 or n == 0:
-        return None
-    newton = {"ridge": 0.0, "design_floor": _FLOOR[dtype], "method": "newton"}
-    has_iteration = root.denominator == 1 and root <= 64
-    if type(config) is kernel_config():
-        return _Call(config.options(), lambda A: epsilon)
-    if type(config) is types.EigenConfig and not config.eigendecomposition_offload_device:
-        return _eigen(config.rank_deficient_stability_config, epsilon, dtype, n)
-    if type(config) is types.CoupledNewtonConfig and has_iteration:
-        return _Call(newton, lambda A: epsilon)
-    if type(config) is types.CoupledHigherOrderConfig and has_iteration:
-        relative, absolute = config.rel_epsilon, config.abs_epsilon  # epsilon is not used there
-        return _Call(
-            newton, lambda A: (relative * torch.linalg.matrix_norm(A, torch.inf)).clamp(absolute)
-        )
-    return None
-
-
-def _eigen(stability: Any, epsilon: float, dtype: torch.dtype, n: int) -> _Call | None:
-    from distributed_shampoo.preconditioner import matrix_functions_types as types
-
-    if type(stability) is types.PerturbationConfig:
-        # Added before or after the decomposition it is the same matrix. The peer also shifts away
-        # negative eigenvalues: those of rounding come out as its unit here, others unsolved.
-        options = {"ridge": 0.0, "design_floor": _FLOOR[dtype], "fallback": "eigh"}
-        return _Call(options, lambda A: epsilon)
-    if type(stability) is types.PseudoInverseConfig and epsilon == stability.rank_atol == 0:
-        rtol = stability.rank_rtol
-        rtol = n * torch.finfo(dtype).eps if rtol is None else rtol
-        if 0 <= rtol < 1:
-            return _Call({"ridge": 0.0, "method": "eigh", "rank_rtol": rtol}, lambda A: 0.0)
-    return None
-
-
-def _root(A: Tensor, root: Fraction, call: _Call) -> tuple[Tensor, Tensor]:
-    """(A + damping I)^(-1/root) (B, n, n), and which blocks are solved (B,)."""
-    p = int(root) if root.denominator == 1 else root
-    result = inverse_root(add_to_diagonal(A, call.damping(A)), p, **call.options)
-    return result.root, result.status <= RootStatus.FELL_BACK
+_ROOTS = 1 << 25  # entries of a stack of factors: 128 MiB in float32, and a root takes six of them
 
 
 def _batched(original: _Function) -> _Function:
@@ -145,16 +128,16 @@ def _refresh(blocks: Sequence[Any], bias_correction: Tensor) -> None:
             dtypes = factor.dtype, block.inv_factor_matrices[i].dtype
             groups[factor.shape, block.roots[i], *dtypes, factor.device].append((b, i))
     results = []
-    for (shape, root, *_), members in groups.items():
+    for (_, root, *_), members in groups.items():
         block = blocks[members[0][0]]  # of one list: options are those of all
-        n = shape[0] if len(shape) == 2 else (math.isqrt(1 + 8 * shape[0]) - 1) // 2
-        dtype = block.factor_matrices[members[0][1]].dtype
-        call = _call(block.amortized_computation_config, Fraction(root), block.epsilon, dtype, n)
+        factor = block.factor_matrices[members[0][1]]
+        n, dtype = side_of(factor), factor.dtype
+        call = call_for(block.amortized_computation_config, Fraction(root), block.epsilon, dtype, n)
         if call is None:
             unsolved.update(b for b, _ in members)
             continue
-        for part in chunks(members, n * n):
-            results.append((part, *_solve(blocks, part, n, Fraction(root), call, bias_correction)))
+        for part in chunks(members, n * n, _ROOTS):
+            results.append((part, *_solve(blocks, part, Fraction(root), call, bias_correction)))
     unsolved |= _write(blocks, results)
     for b, block in enumerate(blocks):
         if b in unsolved:
@@ -164,17 +147,17 @@ def _refresh(blocks: Sequence[Any], bias_correction: Tensor) -> None:
 
 
 def _solve(
-    blocks: Sequence[Any], part: Sequence[tuple[int, int]], n: int, root: Fraction, call: _Call,
+    blocks: Sequence[Any], part: Sequence[tuple[int, int]], root: Fraction, call: Call,
     bias_correction: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Roots as the blocks store them, and which of them are good."""
     block, i = blocks[part[0][0]], part[0][1]
     A = torch.stack([blocks[b].factor_matrices[i] for b, i in part])
-    A = unpack(A / bias_correction, n)
+    A = unpack(A / bias_correction)
     if block.use_trace_scaling:
         trace = A.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=block.epsilon)
         A = A * (trace**-block.trace_scaling_exponent)[:, None, None]
-    roots, solved = _root(A, root, call)
+    roots, solved = root_of(A, root, call)
     roots = pack(roots, block.use_symmetric_packing).to(block.inv_factor_matrices[i].dtype)
     return roots, solved & roots.isfinite().flatten(1).all(1)
 
@@ -219,6 +202,7 @@ def _alone(original: _Function) -> _Function:
 
 
 _LISTS = f"{_PACKAGE}.shampoo_preconditioner_list"
+_UPDATE = "(self, masked_grad_list, step, perform_amortized_computation)"
 INTEGRATION = Integration(
     "distributed_shampoo",
     (
@@ -232,7 +216,25 @@ INTEGRATION = Integration(
             f"{_LISTS}:RootInvShampooPreconditionerList",
             "update_preconditioners",
             _batched,
-            "(self, masked_grad_list, step, perform_amortized_computation)",
+            _UPDATE,
+        ),
+        Replacement(
+            f"{_LISTS}:EigenvalueCorrectedShampooPreconditionerList",
+            "update_preconditioners",
+            corrected,
+            _UPDATE,
+        ),
+        Replacement(
+            f"{_LISTS}:BaseShampooPreconditionerList",
+            "precondition",
+            preconditioned,
+            "(self, masked_grad_list)",
+        ),
+        Replacement(
+            f"{_PACKAGE}.spectral_descent_preconditioner_list:SpectralDescentPreconditionerList",
+            "precondition",
+            orthogonalized,
+            "(self, masked_grad_list)",
         ),
         Replacement(_LISTS, "matrix_inverse_root", _alone),
         Replacement(f"{_PACKAGE}.matrix_functions", "matrix_inverse_root", _alone),
