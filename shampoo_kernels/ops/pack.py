@@ -79,18 +79,22 @@ class Pieces:
             torch._foreach_copy_(self._places(), self.data)
 
     def pack_finite_(self, negate: bool = False) -> Tensor:
-        """stacks[i] <- data[i], with `negate` -data[i], or 0 where that has numbers that are not
-        finite or whose squares overflow (in float32; in float64 for float64).
+        """stacks[i] <- data[i], with `negate` -data[i], or 0 where data[i] has numbers that are not
+        finite or whose squares overflow (in float32; in float64 for float64 data).
 
         Returns:
-            Tensor (pieces,): the squared norms, not finite for those that became 0. float64.
+            Tensor (pieces,): the squared norms of data, not finite for those that became 0.
+                float64.
         """
         if self._native():
             return torch.ops.shampoo_kernels_native.pack_finite_(*self.table, negate)
         self.pack_()
         squares = []
-        for stack in self.stacks:
-            square = block_norms(stack).square()
+        for stack, pieces in self._by_stack():
+            if not pieces:
+                continue
+            judged = stack if stack.dtype == pieces[0].dtype else torch.stack(pieces)
+            square = block_norms(judged).square()
             stack.masked_fill_(per_block(~(square < math.inf)), 0)
             if negate:
                 stack.neg_()
@@ -156,7 +160,7 @@ def chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 def on_device(rows: list[tuple[int, ...]], columns: int, device: torch.device) -> Tensor:
     """A table of int64 (rows, columns)."""
-    return _move(torch.tensor(rows, dtype=torch.int64).view(-1, columns), device)
+    return _move(torch.tensor(rows, dtype=torch.int64).view(len(rows), columns), device)
 
 
 def _move(table: Tensor, device: torch.device) -> Tensor:
