@@ -94,8 +94,8 @@ cudaError_t moments_cuda(const MomentTable& table, const MomentRule& rule, const
   const cudaError_t error = launch(moments_kernel<T>, table.chunk_count, kThreads, 0, stream, table,
                                    rule, moves, steps, sums);
   if (error != cudaSuccess) return error;
-  return sum_chunks(table.pieces, table.count, table.chunks, table.chunk_count,
-                    static_cast<const double*>(sums), squares, stream);
+  return sum_chunks(table.pieces, table.count, table.chunks, table.chunk_count, sums, squares,
+                    stream);
 }
 
 template cudaError_t moments_cuda(const MomentTable&, const MomentRule&, const float*, const float*,

@@ -11,27 +11,29 @@
 namespace shampoo {
 namespace {
 
-// Of a piece, this thread's part of a chunk: packed <- data, with `negate` -data.
-__device__ void pack_chunk(const Piece& piece, int64_t chunk, bool negate) {
+// packed <- data, with `negate` -data; 0 of the pieces whose squares, where there are any, are Inf
+// or NaN.
+__global__ void __launch_bounds__(kThreads, 1)
+    pack_kernel(PieceTable pieces, bool negate, const double* squares) {
+  const PieceChunk here = pieces.chunks[blockIdx.x];
+  const Piece piece = pieces.pieces[here.piece];
+  const bool finite = squares == nullptr || squares[here.piece] < INFINITY;
+  const bool flip = negate && finite;
   with_type(piece.dtype, [&](auto from) {
     using From = decltype(from);
     with_type(piece.packed_dtype, [&](auto to) {
       using To = decltype(to);
       const From* data = static_cast<const From*>(piece.data);
       To* packed = static_cast<To*>(piece.packed);
-      for_chunk(piece, chunk, [&](int64_t i, int64_t j, int count, int64_t at) {
+      for_chunk(piece, here.chunk, [&](int64_t i, int64_t j, int count, int64_t at) {
         const From* source = data + i * piece.row_stride + j * piece.column_stride;
-        const auto vector = load(source, piece.column_stride, count);
+        Vector<From> x{};
+        if (finite) x = load(source, piece.column_stride, count);
         store(packed + at, 1, count,
-              [&](int e) { return negate ? number<To>(-vector.v[e]) : number<To>(vector.v[e]); });
+              [&](int e) { return flip ? number<To>(-x.v[e]) : number<To>(x.v[e]); });
       });
     });
   });
-}
-
-__global__ void __launch_bounds__(kThreads, 1) pack_kernel(PieceTable pieces) {
-  const PieceChunk here = pieces.chunks[blockIdx.x];
-  pack_chunk(pieces.pieces[here.piece], here.chunk, false);
 }
 
 // sums[c] <- the sum of the squares of chunk c of the data.
@@ -54,20 +56,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     });
   });
   sum_of_chunk(sum, sums);
-}
-
-__global__ void __launch_bounds__(kThreads, 1)
-    pack_finite_kernel(PieceTable pieces, bool negate, const double* squares) {
-  const PieceChunk here = pieces.chunks[blockIdx.x];
-  const Piece piece = pieces.pieces[here.piece];
-  if (squares[here.piece] < INFINITY) return pack_chunk(piece, here.chunk, negate);
-  with_type(piece.packed_dtype, [&](auto to) {  // Inf or NaN
-    using To = decltype(to);
-    To* packed = static_cast<To*>(piece.packed);
-    for_chunk(piece, here.chunk, [&](int64_t, int64_t, int count, int64_t at) {
-      store(packed + at, 1, count, [](int) { return number<To>(0.0f); });
-    });
-  });
 }
 
 // decay W + step U, of which what has the factor 0 may be anything.
@@ -119,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 cudaError_t pack_cuda(const PieceTable& pieces, cudaStream_t stream) {
-  return launch(pack_kernel, pieces.chunk_count, kThreads, 0, stream, pieces);
+  return launch(pack_kernel, pieces.chunk_count, kThreads, 0, stream, pieces, false, nullptr);
 }
 
 cudaError_t pack_finite_cuda(const PieceTable& pieces, int64_t count, bool negate, double* sums,
@@ -127,11 +115,10 @@ cudaError_t pack_finite_cuda(const PieceTable& pieces, int64_t count, bool negat
   cudaError_t error =
       launch(chunk_squares_kernel, pieces.chunk_count, kThreads, 0, stream, pieces, sums);
   if (error != cudaSuccess) return error;
-  error = sum_chunks(pieces.pieces, count, pieces.chunks, pieces.chunk_count,
-                     static_cast<const double*>(sums), squares, stream);
+  error =
+      sum_chunks(pieces.pieces, count, pieces.chunks, pieces.chunk_count, sums, squares, stream);
   if (error != cudaSuccess) return error;
-  return launch(pack_finite_kernel, pieces.chunk_count, kThreads, 0, stream, pieces, negate,
-                static_cast<const double*>(squares));
+  return launch(pack_kernel, pieces.chunk_count, kThreads, 0, stream, pieces, negate, squares);
 }
 
 template <class F>
