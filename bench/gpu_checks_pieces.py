@@ -1,6 +1,8 @@
 """What has to hold of the CUDA C++ on pieces of many tensors; gpu_checks_native.py runs these."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +14,17 @@ from shampoo_kernels.ops.pack import Pieces
 DEVICE = "cuda"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SICK = (math.nan, math.inf, None, -math.inf)  # by what a block is not finite; None: it is
+
+
+@contextlib.contextmanager
+def natively() -> Iterator[None]:
+    """The native kernels, with an error where something waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with use_backend("native"):
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def shape(k: int) -> tuple[int, int]:
@@ -44,7 +57,7 @@ def check_pack_finite(count: int) -> None:
             finite.append(sick is None)
         stacks.append(torch.empty(1 + k % 3, *shape(k), device=DEVICE, dtype=FLOATS[k // 2 % 4]))
     before = [x.clone() for x in data]
-    with use_backend("native"):
+    with natively():
         squares = Pieces(data, stacks).pack_finite_(negate=True)
         again = Pieces(data, stacks).pack_finite_(negate=True)
     assert squares.isfinite().tolist() == finite
@@ -80,7 +93,7 @@ def check_moments(count: int, dtype: torch.dtype) -> None:
     still = [
         (x, x.clone()) for x, moved in zip(_averages(entries), moves, strict=True) if not moved
     ]
-    with use_backend("native"):
+    with natively():
         found = moments_(entries, moves, steps, rule)
     with use_backend("reference"):
         wanted = moments_(exact, moves.double(), steps.double(), rule)

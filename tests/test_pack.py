@@ -3,6 +3,7 @@ emulation; which pieces are finite; factors that are zero read nothing; bounds."
 
 import itertools
 import math
+import types
 
 import emulation
 import pytest
@@ -10,6 +11,7 @@ import torch
 from pieces import FLOATS, NAN, Emulated, layouts, places, stacks_for
 
 from shampoo_kernels import native, use_backend
+from shampoo_kernels.ops import pack
 from shampoo_kernels.ops.pack import Pieces
 
 BACKENDS = ["reference", *(["native"] if native.lib else [])]
@@ -242,6 +244,27 @@ def test_a_planted_overrun_is_found(tmp_path):
     program = emulation.build(tmp_path, "pack", emulation.ADDRESSES, csrc)
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):
         Emulated(program, [torch.ones(4, 4)], [torch.ones(1, 4, 4)]).pack_()
+
+
+def test_a_graph_being_captured_holds_no_table(monkeypatch):
+    monkeypatch.setattr(pack, "choose", lambda *asked: "native")
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda", 0))
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        assert pack.native(on_gpu) == (not capturing)
+
+
+def test_tables_of_chunks_stay_on_their_stream(monkeypatch):
+    """On another one the copy to the device might not be there yet."""
+    device, streams = torch.device("cuda", 0), [1, 1, 2]
+    monkeypatch.setattr(pack, "_move", lambda table, device: table)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(
+        cuda_stream=streams.pop(0)))  # fmt: skip
+    first, same, other = (pack.chunks((8193, 0, 5), device) for _ in range(3))
+    pack._chunks.cache_clear()
+    assert first.tolist() == [[0, 0], [0, 1], [2, 0]]
+    assert first is same
+    assert first is not other
 
 
 def test_errors():

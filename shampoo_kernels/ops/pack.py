@@ -149,9 +149,15 @@ def native(tensor: Tensor) -> bool:
     return not capturing and choose(_OP, device, torch.float32) == "native"
 
 
-@functools.lru_cache(maxsize=64)
 def chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """PieceChunk of kernels.h for pieces of so many elements: int32 (chunks, 2)."""
+    cuda = device.type == "cuda"
+    return _chunks(sizes, device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _chunks(sizes: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """One for each stream, on which the copy to the device is in order with the kernels."""
     counts = torch.tensor([-(-size // _CHUNK) for size in sizes], dtype=torch.int64)
     piece = torch.arange(len(sizes)).repeat_interleave(counts)
     chunk = torch.arange(len(piece)) - (counts.cumsum(0) - counts)[piece]
