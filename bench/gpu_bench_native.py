@@ -10,11 +10,13 @@ from gpu_checks import relative, spectrum, truth
 from gpu_checks_native import small_root, why_not
 from gpu_timing import BFLOAT16, eager, milliseconds, under
 
-from shampoo_kernels import inverse_root, orthogonal_iteration, power_iteration
+from shampoo_kernels import inverse_root, orthogonal_iteration, power_iteration, use_backend
+from shampoo_kernels.ops.moments import Entry, Rule, moments_
 from shampoo_kernels.ops.pack import Pieces
 
 BLOCK = 1024
 MODELS = {"GPT-2 124M": GPT2, "Llama 1B": LLAMA_1B}
+DEVICE = "cuda"
 
 
 def bench_small_root(batch: int, n: int, p: int, ridge: float, rate: dict[str, float]) -> dict:
@@ -62,11 +64,11 @@ def bench_pack(
 ) -> dict:  # fmt: skip
     """Share of the copy bandwidth; against a copy per block and torch._foreach_copy_."""
     data = [piece for m, n in shapes
-            for piece in blocks(torch.randn(m, n, device="cuda").to(dtype))]  # fmt: skip
-    packed = [torch.randn(x.shape, device="cuda") for x in data]
-    pieces = Pieces(data, packed)
-    decay = torch.full((len(data),), 0.999, device="cuda")
-    step = torch.full((len(data),), -1e-3, device="cuda")
+            for piece in blocks(torch.randn(m, n, device=DEVICE).to(dtype))]  # fmt: skip
+    stacks = [torch.randn(1, *x.shape, device=DEVICE) for x in data]
+    pieces, packed = Pieces(data, stacks), [stack[0] for stack in stacks]
+    decay = torch.full((len(data),), 0.999, device=DEVICE)
+    step = torch.full((len(data),), -1e-3, device=DEVICE)
 
     def each() -> None:
         for x, p in zip(data, packed, strict=True):
@@ -92,6 +94,48 @@ def bench_pack(
         "milliseconds": found,
         "floor": moved / rate["copy GB/s"] / 1e6,
         "error": 0.0,
+    }
+
+
+def bench_moments(name: str, shapes: list[tuple[int, int]], rate: dict[str, float]) -> dict:
+    """Share of the copy bandwidth, the table of pointers included; against torch._foreach."""
+    exp_avgs, exp_avg_sqs, grads = (
+        [piece for m, n in shapes for piece in blocks(torch.rand(m, n, device=DEVICE))]
+        for _ in range(3)
+    )
+    grads = [grad.contiguous() for grad in grads]
+    entries = [
+        Entry([m], [v], grad[None], True)
+        for m, v, grad in zip(exp_avgs, exp_avg_sqs, grads, strict=True)
+    ]
+    ones = torch.ones(len(entries), device=DEVICE)
+    rule = Rule((0.9, 0.95), 1e-8, "adam", False)
+
+    def foreach() -> object:
+        torch._foreach_lerp_(exp_avgs, grads, 0.1)
+        torch._foreach_mul_(exp_avg_sqs, 0.95)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 0.05)
+        roots = torch._foreach_sqrt(exp_avg_sqs)
+        torch._foreach_add_(roots, 1e-8)
+        own = torch._foreach_div(exp_avgs, roots)
+        return own, torch._foreach_norm(own)
+
+    found = milliseconds({
+        "ours": [under("native", lambda: moments_(entries, ones, ones, rule))],
+        "torch._foreach": [foreach],
+    })  # fmt: skip
+    with use_backend("native"):
+        (own,) = moments_(entries[-1:], ones[-1:], ones[-1:], rule).own
+    assert own is not None
+    eps = 1e-8 * (1 - 0.95) ** 0.5
+    exact = exp_avgs[-1].double() / (exp_avg_sqs[-1].double().sqrt() + eps)
+    numbers = sum(grad.numel() for grad in grads)
+    moved = 7 * 4 * numbers  # both averages read and written, G read, momentum and step written
+    return {
+        "case": f"moments {name}, {len(entries)} pieces, float32",
+        "milliseconds": found,
+        "floor": moved / rate["copy GB/s"] / 1e6,
+        "error": relative(own, exact[None]).max().item(),
     }
 
 
@@ -127,6 +171,7 @@ def jobs() -> list[tuple[Callable[..., dict], tuple]]:
         *((bench_small_root, (batch, n, 2, 1e-6)) for batch, n in roots),
         *((bench_pack, (name, shapes, BFLOAT16, apply))
           for name, shapes in models for apply in (False, True)),
+        *((bench_moments, model) for model in models),
         *((bench_power, size) for size in ((1024, 128), (64, 1024))),
         *((bench_basis, size) for size in ((4096, 32), (1024, 128))),
     ]  # fmt: skip

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+from gpu_checks_pieces import check_moments, check_pack_finite
 
 from shampoo_kernels import (
     eigenvalue_bound,
@@ -128,13 +129,13 @@ def check_basis(n: int, dtype: torch.dtype) -> None:
 
 def check_pack() -> None:
     """Every dtype and stride, thousands of pieces, zero factors, and the same as the reference."""
-    data, packed = [], []
+    data, stacks = [], []
     for k in range(2000):
         m, n = 1 + k % 37, 4 * (1 + k % 53) + (k % 3 == 0)
         x = torch.randn(n, m + 2, device=DEVICE).to(FLOATS[k % 4])
         data.append(x.mT[1 : m + 1] if k % 5 == 0 else x[:, :m].contiguous()[:, : max(1, m - 1)])
-        packed.append(torch.empty(data[-1].shape, device=DEVICE, dtype=torch.float32))
-    pieces = Pieces(data, packed)
+        stacks.append(torch.empty(1, *data[-1].shape, device=DEVICE, dtype=torch.float32))
+    pieces, packed = Pieces(data, stacks), [stack[0] for stack in stacks]
     with use_backend("native"):
         pieces.pack_()
         assert all(torch.equal(p, x.float()) for x, p in zip(data, packed, strict=True))
@@ -154,7 +155,7 @@ def check_graph() -> None:
     A, W = spectra(64, torch.float32), torch.randn(5, 64, 64, device=DEVICE)
     Q = torch.linalg.qr(torch.randn_like(A)).Q
     stack = torch.empty_like(W)
-    pieces = Pieces(list(W.bfloat16().unbind()), list(stack.unbind()))
+    pieces = Pieces(list(W.bfloat16().unbind()), [stack])
     assert pieces.table[0].is_cuda
     decay, step = torch.ones(5, device=DEVICE), torch.full((5,), -0.1, device=DEVICE)
 
@@ -194,6 +195,8 @@ SMALL: dict[str, Callable[[], None]] = {
     },
     "native bound, power n=33": functools.partial(check_bound_and_power, 33, SINGLE),
     "native basis n=33": functools.partial(check_basis, 33, SINGLE),
+    "native pack_finite, 20 stacks": functools.partial(check_pack_finite, 20),
+    "native moments, 20 stacks": functools.partial(check_moments, 20, SINGLE),
 }
 LARGE: dict[str, Callable[[], None]] = {
     **{
@@ -215,6 +218,9 @@ LARGE: dict[str, Callable[[], None]] = {
     "native basis n=128": functools.partial(check_basis, 128, SINGLE),
     "native basis n=96 float64": functools.partial(check_basis, 96, DOUBLE),
     "native pack": check_pack,
+    "native pack_finite": functools.partial(check_pack_finite, 1000),
+    "native moments": functools.partial(check_moments, 1000, SINGLE),
+    "native moments float64": functools.partial(check_moments, 100, DOUBLE),
     "native graphs": check_graph,
 }
 

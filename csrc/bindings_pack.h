@@ -1,4 +1,4 @@
-// The tables of pack_ and unpack_apply_ as tensors, on a CPU and on a GPU.
+// The tables of the ops on pieces as tensors, on a CPU and on a GPU.
 #pragma once
 
 #include "bindings.h"
@@ -25,9 +25,9 @@ inline PieceTable pieces_of(const char* op, const Tensor& pieces, const Tensor& 
 inline MomentTable moment_pieces_of(const char* op, const Tensor& pieces, const Tensor& chunks,
                                     const Tensor& moves, const Tensor& steps) {
   check_table(op, pieces, 9, chunks);
-  STD_TORCH_CHECK(moves.scalar_type() == ScalarType::Float ||
-                      moves.scalar_type() == ScalarType::Double,
-                  op, ": moves must be float32 or float64");
+  STD_TORCH_CHECK(
+      moves.scalar_type() == ScalarType::Float || moves.scalar_type() == ScalarType::Double, op,
+      ": moves must be float32 or float64");
   for (const Tensor* x : {&moves, &steps}) {
     STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == pieces.size(0) && x->is_contiguous() &&
                         x->is_cpu() == pieces.is_cpu(),

@@ -193,7 +193,7 @@ constexpr int64_t kChunkElements = 8192;
 
 struct PieceTable {
   const Piece* pieces;
-  const PieceChunk* chunks;  // every chunk of every piece
+  const PieceChunk* chunks;  // every chunk of every piece, in order
   int64_t chunk_count;
 };
 
@@ -202,7 +202,7 @@ void pack(const PieceTable& pieces, const Parallel& parallel);
 
 // packed <- data, cast, or with `negate` -data, of the pieces whose sum of squares, in float32 (in
 // float64 of float64 data), is a number; 0 of the others, which may be anything. The sums go to
-// squares (pieces,).
+// squares (pieces,), Inf or NaN for the others.
 void pack_finite(const PieceTable& pieces, int64_t count, bool negate, double* squares,
                  const Parallel& parallel);
 
@@ -221,11 +221,11 @@ void unpack_apply(const PieceTable& pieces, const PieceFactors<F>& factors,
 // A piece of the averages of a gradient, one row of a table of int64. `grad`, `momentum` and `own`
 // are contiguous; everything is T.
 struct MomentPiece {
-  void* exp_avg;      // (rows, columns), any strides
-  void* exp_avg_sq;   // as exp_avg, or null: there are no squares
-  const void* grad;   // finite
-  void* momentum;     // receives the average, with `nesterov` as it would be one gradient later
-  void* own;          // receives the step of the graft, or null: nobody asks
+  void* exp_avg;     // (rows, columns), any strides
+  void* exp_avg_sq;  // as exp_avg, or null: there are no squares
+  const void* grad;  // finite
+  void* momentum;    // receives the average, with `nesterov` as it would be one gradient later
+  void* own;         // receives the step of the graft, or null: nobody asks
   int64_t rows, columns, row_stride, column_stride;
 };
 static_assert(sizeof(MomentPiece) == 9 * sizeof(int64_t));

@@ -47,7 +47,7 @@ TABLE = (
         (torch.float32, torch.float64),
         "products or one LAPACK call a block",
     ),
-    Row("pack", "cpu", "native", (torch.float32,), "all pieces in one call"),
+    Row("pack", "cpu", "native", (torch.float32,), "all pieces in one call, moments too"),
     Row("gram_ema_", "cuda", "triton", (torch.float32,), "symmetric product", False),
     Row("kronecker_power_step", "cuda", "triton", (torch.float32,), "symmetric product", False),
     Row("inverse_root", "cuda", "triton", (torch.float32,), "iterations in half products", False),
@@ -56,7 +56,9 @@ TABLE = (
     Row("inverse_root", "cuda", "native", MASTERS, "newton to n = 128 in one launch", False),
     Row("power_iteration", "cuda", "native", MASTERS, "to n = 1024 in one launch", False),
     Row("orthogonal_iteration", "cuda", "native", MASTERS, "to n = 128 in one launch", False),
-    Row("pack", "cuda", "native", (torch.float32,), "all pieces in one launch", False),
+    Row(
+        "pack", "cuda", "native", (torch.float32,), "all pieces in few launches, moments too", False
+    ),
     Row("eigenvalue_bound", "cuda", "triton", (torch.float32,), "one launch a stack", False),
     Row("power_iteration", "cuda", "triton", (torch.float32,), "up to 32 vectors at once", False),
 )
@@ -69,7 +71,7 @@ OPS = (
     "kronecker_power_step",
     "precondition",
     "orthogonalize",
-    "pack",  # internal: what an optimizer does around the others
+    "pack",  # internal: what an optimizer does around the others (ops/pack.py, ops/moments.py)
 )
 
 _ROWS: dict[tuple[str, str], list[Row]] = {}

@@ -41,6 +41,11 @@ KERNELS = {
     "11pack_kernel": Intended(256, 64, 0),
     "unpack_apply_kernelIf": Intended(256, 64, 0),
     "unpack_apply_kernelId": Intended(256, 64, 0),
+    "chunk_squares_kernel": Intended(256, 64, 128),
+    "moments_kernelIf": Intended(256, 72, 128),
+    "moments_kernelId": Intended(256, 96, 128),
+    "sum_chunks_kernelINS_5Piece": Intended(256, 32, 0),
+    "sum_chunks_kernelINS_11MomentPiece": Intended(256, 32, 0),
 }
 ARCHS = [
     pytest.param("80", marks=pytest.mark.slow), "90a", pytest.param("100a", marks=pytest.mark.slow),

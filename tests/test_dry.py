@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from shampoo_kernels import orthogonalize
+from shampoo_kernels import native, orthogonalize
 from shampoo_kernels.kernels import gram_ema, table
 from shampoo_kernels.kernels import product as product_module
 
@@ -261,6 +261,34 @@ def small(job):
     """The same case on blocks of 32, four of them at most."""
     function, (batch, _, *rest) = job
     return function, (min(batch, 4), 32, *rest)
+
+
+@pytest.mark.skipif(native.lib is None, reason="no native kernels")
+def test_checks_of_pieces(checks, monkeypatch):
+    """Of the CUDA C++, what the CPU's kernels do too."""
+    pieces = load("gpu_checks_pieces", monkeypatch)
+    own = load("gpu_checks_native", monkeypatch)
+    for module in (pieces, own):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    own.check_pack()
+    pieces.check_pack_finite(60)
+    for dtype in (torch.float32, torch.float64):
+        pieces.check_moments(60, dtype)
+
+
+@pytest.mark.skipif(native.lib is None, reason="no native kernels")
+def test_benchmarks_of_pieces(bench, monkeypatch):
+    load("gpu_checks_native", monkeypatch)
+    own = load("gpu_bench_native", monkeypatch)
+    monkeypatch.setattr(own, "DEVICE", "cpu")
+    shapes, rate = [(40, 30), (1030, 5)], {"copy GB/s": 1.0}
+    rows = [own.bench_pack("two", shapes, torch.bfloat16, apply, rate) for apply in (False, True)]
+    rows.append(own.bench_moments("two", shapes, rate))
+    for row in rows:
+        assert "3 pieces" in row["case"]
+        assert row["floor"] > 0
+        assert row["error"] < 1e-6
+        assert all(value is not None for value in row["milliseconds"].values()), row
 
 
 def test_benchmarks(bench, peers, quack, steps, monkeypatch, tmp_path, capsys):

@@ -1,19 +1,20 @@
 """Pieces: every dtype and stride against torch, by the reference, the native kernel, and pack.cu in
-emulation; factors that are zero read nothing; bounds."""
+emulation; which pieces are finite; factors that are zero read nothing; bounds."""
 
 import itertools
 import math
+import types
 
 import emulation
 import pytest
 import torch
+from pieces import FLOATS, NAN, Emulated, layouts, places, stacks_for
 
 from shampoo_kernels import native, use_backend
+from shampoo_kernels.ops import pack
 from shampoo_kernels.ops.pack import Pieces
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ["reference", *(["native"] if native.lib else [])]
-NAN = math.nan
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +33,21 @@ def special(*shape, dtype):
     return x.to(dtype)
 
 
-def layouts(x):
-    """x (m, n) contiguous, transposed, inside of a larger matrix, with steps, shifted by one."""
-    m, n = x.shape
-    yield x.clone()
-    yield x.mT.contiguous().mT
-    for rows, columns in ((slice(1, m + 1), slice(3, n + 3)), (slice(m), slice(1, 2 * n + 1, 2))):
-        frame = torch.full((m + 3, 2 * n + 5), NAN, dtype=x.dtype)
-        frame[rows, columns] = x
-        yield frame[rows, columns]
-    yield torch.empty(m * n + 1, dtype=x.dtype)[1:].view(m, n).copy_(x)
-
-
 SHAPES = (1, 1), (3, 5), (7, 8), (96, 100), (1, 8195)
 
 
-def everything(shapes=SHAPES, every=1):
-    """(data, packed): all layouts and dtypes of pieces, packed into float32 and into their own."""
+def everything(shapes=SHAPES, every=1, of=special):
+    """(data, stacks): all layouts and dtypes of pieces, packed into float32 and into others."""
     data = [
         view for shape, dtype in itertools.product(shapes, FLOATS)
-        for view in layouts(special(*shape, dtype=dtype))
+        for view in layouts(of(*shape, dtype=dtype))
     ][::every]  # fmt: skip
-    kinds = [torch.float32 if i % 2 else FLOATS[i // 2 % 4] for i in range(len(data))]
-    packed = [torch.full(x.shape, NAN, dtype=k) for x, k in zip(data, kinds, strict=True)]
-    return data, packed
+    return data, stacks_for(data)
+
+
+def cast(x, dtype):
+    """A float64 number goes to 16 bits by way of float32, as in torch's own copies."""
+    return x.float().to(dtype) if x.dtype == torch.float64 and dtype.itemsize == 2 else x.to(dtype)
 
 
 def check_same(results, expected):
@@ -63,87 +55,115 @@ def check_same(results, expected):
         torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-class Emulated:
-    """pack.cu on a copy of the memory of all pieces, laid out end to end, 16 bytes apart."""
-
-    def __init__(self, program, pieces):
-        self.program, self.pieces = program, pieces
-        offset, table = 0, pieces.table[0].clone()
-        self.spans = []
-        for row, (piece, place) in zip(
-            table, zip(pieces.data, pieces.packed, strict=True), strict=True
-        ):
-            for column, tensor in enumerate((piece, place)):
-                storage = tensor.untyped_storage()
-                start = tensor.storage_offset() * tensor.element_size()
-                row[column] = offset + start
-                self.spans.append((tensor, offset, storage))
-                offset += -(-storage.nbytes() // 16) * 16
-        self.table, self.size = table, offset
-
-    def run(self, unpack, factors=()):
-        memory = bytearray(self.size)
-        for _, offset, storage in self.spans:
-            memory[offset : offset + storage.nbytes()] = bytes(storage)
-        chunks = self.pieces.table[1]
-        dtype = factors[0].dtype if factors else torch.float32
-        sizes = unpack, bool(factors), self.size, len(self.table), len(chunks)
-        data = bytes(memory) + emulation.raw(self.table, chunks, *factors)
-        shape = (torch.uint8, (self.size,))
-        (memory,) = emulation.call(self.program, dtype, sizes, data, shape)
-        for _, offset, storage in self.spans:
-            raw = torch.empty(0, dtype=torch.uint8).set_(storage)
-            raw.copy_(memory[offset : offset + storage.nbytes()])
-
-    def pack_(self):
-        self.run(False)
-
-    def unpack_(self):
-        self.run(True)
-
-    def apply_(self, decay, step):
-        self.run(True, (decay, step))
-
-
 @pytest.fixture(params=[*BACKENDS, pytest.param("emulated", marks=emulation.needs_compiler)])
-def made(request):
-    """A function (data, packed) -> something with pack_, unpack_ and apply_."""
-    if request.param == "emulated":
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def made(backend, request):
+    """A function (data, stacks) -> something with pack_, unpack_, apply_ and pack_finite_."""
+    if backend == "emulated":
         program = request.getfixturevalue("program")
-        yield lambda data, packed: Emulated(program, Pieces(data, packed))
+        yield lambda data, stacks: Emulated(program, data, stacks)
     else:
-        with use_backend(request.param):
+        with use_backend(backend):
             yield Pieces
 
 
 @pytest.fixture
-def every(made):
-    """A thread block takes long in emulation: one piece in seven there."""
-    return 1 if made is Pieces else 7
+def every(backend):
+    """A thread block takes long in emulation: one piece in four there."""
+    return 4 if backend == "emulated" else 1
 
 
 def test_pack(made, every):
-    data, packed = everything(every=every)
+    data, stacks = everything(every=every)
     before = [x.clone() for x in data]
-    made(data, packed).pack_()
-    # A float64 number goes to 16 bits by way of float32, as in torch's own copies.
-    check_same(packed, [x.float().to(p.dtype) if x.dtype == torch.float64 and p.dtype.itemsize == 2
-                        else x.to(p.dtype) for x, p in zip(data, packed, strict=True)])  # fmt: skip
+    made(data, stacks).pack_()
+    packed = places(stacks)
+    check_same(packed, [cast(x, p.dtype) for x, p in zip(data, packed, strict=True)])
     check_same(data, before)
 
 
 def test_unpack(made, every):
-    data, packed = everything(every=every)
-    for x, p in zip(data, packed, strict=True):
-        p.copy_(special(*x.shape, dtype=p.dtype))
-    made(data, packed).unpack_()
-    check_same(data, [p.to(x.dtype) for x, p in zip(data, packed, strict=True)])
+    data, stacks = everything(every=every)
+    for stack in stacks:
+        stack.copy_(special(*stack.shape, dtype=stack.dtype))
+    made(data, stacks).unpack_()
+    check_same(data, [p.to(x.dtype) for x, p in zip(data, places(stacks), strict=True)])
+
+
+def ordinary(*shape, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(math.prod(shape))).to(dtype)
+
+
+# What makes a piece not finite; the third is a number of which the square is none.
+SICK = {
+    torch.float32: (NAN, -math.inf, 1.9e19),
+    torch.bfloat16: (NAN, -math.inf, -1.9e19),
+    torch.float16: (NAN, -math.inf, math.inf),
+    torch.float64: (NAN, -math.inf, 1.4e154),
+}
+
+
+@pytest.mark.parametrize("negate", [False, True])
+def test_pack_finite(made, backend, every, negate):
+    data, stacks = everything(every=every, of=ordinary)
+    for k, x in enumerate(data):
+        if k % 4 != 3:
+            x[-1, -1 if k % 2 else 0] = SICK[x.dtype][k % 4]
+    sick = torch.arange(len(data)) % 4 != 3
+    before = [x.clone() for x in data]
+    squares = made(data, stacks).pack_finite_(negate)
+    packed = places(stacks)
+    check_same(data, before)
+    check_same(packed, [
+        torch.zeros(p.shape, dtype=p.dtype) if bad else cast(-x if negate else x, p.dtype)
+        for x, p, bad in zip(data, packed, sick, strict=True)
+    ])  # fmt: skip
+    assert squares.dtype == torch.float64
+    assert torch.equal(squares.isfinite(), ~sick)
+    for x, square, bad in zip(data, squares, sick, strict=True):
+        exact = x.double().square().sum()
+        # The kernels sum all squares in float64, the reference the rows, then their norms.
+        unit, terms = 2.0**-53, x.numel()
+        if backend == "reference":
+            unit, terms = 2.0**-53 if x.dtype == torch.float64 else 2.0**-24, sum(x.shape)
+        assert bad or (square - exact).abs() <= 2 * (terms + 4) * unit * exact
+
+
+def test_pack_finite_to_the_limit(made):
+    """The sum of the squares decides, not the largest, and not what the stack can hold."""
+    edge = torch.finfo(torch.float32).max ** 0.5
+    data = [torch.full((2, 2), f * edge / 2) for f in (0.99, 1.01)]
+    data += [torch.full((2, 2), f * edge / 2).double() for f in (0.99, 1.01)]
+    stacks = [torch.full((2, 2, 2), NAN), torch.full((2, 2, 2), NAN)]
+    squares = made(data, stacks).pack_finite_()
+    assert squares.isfinite().tolist() == [True, False, True, True]
+    check_same(places(stacks), [data[0], torch.zeros(2, 2), data[2].float(), data[3].float()])
+
+
+@pytest.mark.skipif(native.lib is None, reason="no native kernels")
+def test_squares_do_not_depend_on_threads():
+    data = [ordinary(m, n, dtype=torch.float32) for m, n in ((300, 1000), (1, 3), (999, 77))]
+    stacks, before = [torch.empty_like(x)[None] for x in data], torch.get_num_threads()
+    found = []
+    try:
+        with use_backend("native"):
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found.append(Pieces(data, stacks).pack_finite_())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_what_lies_around_a_piece_stays(made):
     frame = torch.arange(100.0).view(10, 10)
     before, inside = frame.clone(), frame[2:7, 3:8]
-    made([inside], [torch.zeros(5, 5)]).unpack_()
+    made([inside], [torch.zeros(1, 5, 5)]).unpack_()
     assert (inside == 0).all()
     inside.copy_(before[2:7, 3:8])
     assert torch.equal(frame, before)
@@ -158,8 +178,8 @@ def test_apply(made, every, wide):
         view for shape, dtype in itertools.product(shapes, FLOATS[: 4 if wide else 3])
         for view in layouts(torch.randn(shape).to(dtype))
     ][::every]  # fmt: skip
-    packed = [torch.randn(x.shape).to(FLOATS[i % 3]) for i, x in enumerate(data)]
-    pieces = made(data, packed)
+    stacks = [torch.randn_like(s).to(FLOATS[i % 3]) for i, s in enumerate(stacks_for(data))]
+    pieces, packed = made(data, stacks), places(stacks)
     dtype = torch.float64 if wide else torch.float32
     decay, step = torch.rand(len(data)).to(dtype), torch.randn(len(data)).to(dtype)
     expected = [
@@ -179,11 +199,11 @@ def test_apply(made, every, wide):
 
 def test_factors_of_zero_read_nothing(made):
     data = [torch.full((4, 6), v) for v in (NAN, 2.0, NAN, 3.0)]
-    packed = [torch.full((4, 6), v) for v in (5.0, NAN, NAN, NAN)]
+    stack = torch.tensor([5.0, NAN, NAN, NAN]).view(4, 1, 1).repeat(1, 4, 6)
     data[2].view(torch.int32)[0, 0] = 0x7FC12345  # stays bit for bit
     before = data[2].clone()
     decay, step = torch.tensor([0.0, 0.5, 1.0, 0.0]), torch.tensor([2.0, 0.0, 0.0, 0.0])
-    made(data, packed).apply_(decay, step)
+    made(data, [stack]).apply_(decay, step)
     assert (data[0] == 10).all()
     assert (data[1] == 1).all()
     assert torch.equal(data[2].view(torch.int32), before.view(torch.int32))
@@ -191,48 +211,80 @@ def test_factors_of_zero_read_nothing(made):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_to_do(backend):
+@pytest.mark.parametrize("shapes", [[], [(0, 2, 3)], [(1, 0, 4), (2, 4, 0)]])
+def test_nothing_to_do(backend, shapes):
+    stacks = [torch.empty(shape) for shape in shapes]
+    pieces = Pieces([torch.empty_like(place) for place in places(stacks)], stacks)
+    count = len(pieces.data)
     with use_backend(backend):
-        for pieces in (Pieces([], []), Pieces([torch.empty(0, 4)], [torch.empty(0, 4)])):
-            pieces.pack_()
-            pieces.unpack_()
-            count = len(pieces.data)
-            pieces.apply_(torch.ones(count), torch.ones(count))
+        pieces.pack_()
+        pieces.unpack_()
+        pieces.apply_(torch.ones(count), torch.ones(count))
+        assert torch.equal(pieces.pack_finite_(), torch.zeros(count, dtype=torch.float64))
 
 
 @emulation.needs_compiler
 @pytest.mark.parametrize("flags", [emulation.THREADS, emulation.ADDRESSES], ids=["races", "bounds"])
 def test_sanitizers_find_nothing(tmp_path, flags):
     program = emulation.build(tmp_path, "pack", flags)
-    data, packed = everything(((3, 5), (7, 8), (96, 100)), every=11)
-    Emulated(program, Pieces(data, packed)).pack_()
+    data, stacks = everything(((3, 5), (7, 8), (96, 100)), every=11)
+    emulated = Emulated(program, data, stacks)
+    emulated.pack_()
+    emulated.pack_finite_(negate=True)
     factors = torch.full((len(data),), 0.5, dtype=torch.float64)
-    Emulated(program, Pieces(data, packed)).apply_(factors, factors)
+    emulated.apply_(factors, factors)
 
 
 @emulation.needs_compiler
 def test_a_planted_overrun_is_found(tmp_path):
     """The piece at the end of the memory, whose last chunk writes four elements too many."""
     wrong = "size - first < kChunkElements ? size - first + 4"
-    csrc = emulation.planted(tmp_path, "pack.cu", "size - first < kChunkElements ? size - first",
+    csrc = emulation.planted(tmp_path, "pieces.h", "size - first < kChunkElements ? size - first",
                              wrong)  # fmt: skip
     program = emulation.build(tmp_path, "pack", emulation.ADDRESSES, csrc)
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):
-        Emulated(program, Pieces([torch.ones(4, 4)], [torch.ones(4, 4)])).pack_()
+        Emulated(program, [torch.ones(4, 4)], [torch.ones(1, 4, 4)]).pack_()
+
+
+def test_a_graph_being_captured_holds_no_table(monkeypatch):
+    monkeypatch.setattr(pack, "choose", lambda *asked: "native")
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda", 0))
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        assert pack.native(on_gpu) == (not capturing)
+
+
+def test_tables_of_chunks_stay_on_their_stream(monkeypatch):
+    """On another one the copy to the device might not be there yet."""
+    device, streams = torch.device("cuda", 0), [1, 1, 2]
+    monkeypatch.setattr(pack, "_move", lambda table, device: table)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(
+        cuda_stream=streams.pop(0)))  # fmt: skip
+    first, same, other = (pack.chunks((8193, 0, 5), device) for _ in range(3))
+    pack._chunks.cache_clear()
+    assert first.tolist() == [[0, 0], [0, 1], [2, 0]]
+    assert first is same
+    assert first is not other
 
 
 def test_errors():
     A = torch.ones(2, 3)
-    for data, packed, error, words in (
+    for data, stacks, error, words in (
         ([A], [], ValueError, "got 1 pieces and 0 places"),
-        ([A.int()], [A], TypeError, "a piece must be float64 or"),
-        ([A], [A.mT], ValueError, r"a packed piece must be \(2, 3\) as its piece, got \(3, 2\)"),
-        ([A[0]], [A[0]], ValueError, r"a piece must be \(m, n\), got \(3,\)"),
-        ([A], [A.mT.contiguous().mT], ValueError, "must be contiguous"),
-    ):
+        ([A], [A.new_empty(2, 2, 3)], ValueError, "got 1 pieces and 2 places"),
+        ([A.int()], [A[None]], TypeError, "a piece must be float64 or"),
+        ([A], [A[None].int()], TypeError, "a stack must be float64 or"),
+        ([A, A.double()], [A.new_empty(2, 2, 3)], TypeError, "a piece must be float32, got"),
+        ([A], [A.mT[None].contiguous()], ValueError,
+         r"a piece must be \(3, 2\) as its place in a stack, got \(2, 3\)"),
+        ([A[0]], [A[None]], ValueError, r"a piece must be \(2, 3\) as its place"),
+        ([A, A], [A], ValueError, r"a stack must be \(b, m, n\), got \(2, 3\)"),
+        ([A], [A.mT.contiguous().mT[None]], ValueError, "must be contiguous, got strides"),
+        ([A.to("meta")], [A[None]], ValueError, "on one device, got meta and cpu"),
+    ):  # fmt: skip
         with pytest.raises(error, match=words):
-            Pieces(data, packed)
-    pieces = Pieces([A], [A.clone()])
+            Pieces(data, stacks)
+    pieces = Pieces([A], [A.clone()[None]])
     with pytest.raises(ValueError, match=r"step must be \(1,\) one for each piece, got \(2,\)"):
         pieces.apply_(torch.ones(1), torch.ones(2))
     with pytest.raises(TypeError, match="decay must be float32"):

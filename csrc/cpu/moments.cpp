@@ -1,6 +1,7 @@
-// Momentum and second moments of the pieces of many tensors, and the step of the graft that comes of
-// them, in one pass over memory, by chunks of rows shared out over the threads.
-#include <cmath>
+// Momentum and second moments of the pieces of many tensors, and the step of the graft that comes
+// of them, in one pass over memory, by chunks of rows shared out over the threads.
+#include "../moments.h"
+
 #include <vector>
 
 #include "pieces.h"
@@ -8,28 +9,11 @@
 namespace shampoo {
 namespace {
 
-// What a piece needs beside its memory; by `keep` and `add` an average moves.
-template <class T>
-struct Factors {
-  T keep1, add1, keep2, add2, eps;
-  bool moves, nesterov;
-
-  Factors(const MomentRule& rule, T move, T step) : moves(move != 0), nesterov(rule.nesterov) {
-    add1 = T(1 - rule.beta1);
-    keep1 = 1 - add1;
-    add2 = rule.sums ? T{1} : T(1 - rule.beta2);
-    keep2 = rule.sums ? T{1} : 1 - add2;
-    const double seen = std::max(double(step), 1.0);
-    const double bias = rule.corrected ? -std::expm1(seen * std::log(rule.beta2)) : 1;
-    eps = T(rule.eps * std::sqrt(bias));
-  }
-};
-
 // A run of neighbours; returns the sum of the squares of what was written last.
 template <class T>
 double average_run(T* __restrict m, T* __restrict v, int64_t stride, const T* __restrict g,
                    T* __restrict momentum, T* __restrict own, int64_t count,
-                   const Factors<T>& f) {
+                   const MomentFactors<T>& f) {
   if (f.moves) {
     for (int64_t e = 0; e < count; ++e) m[e * stride] = f.keep1 * m[e * stride] + f.add1 * g[e];
   }
@@ -49,7 +33,7 @@ double average_run(T* __restrict m, T* __restrict v, int64_t stride, const T* __
 }
 
 template <class T>
-double average_chunk(const MomentPiece& piece, int64_t chunk, const Factors<T>& factors) {
+double average_chunk(const MomentPiece& piece, int64_t chunk, const MomentFactors<T>& factors) {
   double sum = 0;
   for_runs(piece, chunk, [&](int64_t i, int64_t j, int64_t count, int64_t at) {
     const int64_t stride = piece.column_stride, from = i * piece.row_stride + j * stride;
@@ -73,7 +57,7 @@ void moments(const MomentTable& table, const MomentRule& rule, const T* moves, c
              double* squares, const Parallel& parallel) {
   std::vector<double> sums(table.chunk_count);
   for_chunks(table.chunks, table.chunk_count, parallel, [&](PieceChunk here, int64_t number) {
-    const Factors<T> factors(rule, moves[here.piece], steps[here.piece]);
+    const MomentFactors<T> factors(rule, moves[here.piece], steps[here.piece]);
     sums[number] = average_chunk(table.pieces[here.piece], here.chunk, factors);
   });
   sum_chunks(table.chunks, table.chunk_count, table.count, sums.data(), squares);

@@ -1,10 +1,9 @@
 // Packing of pieces of parameters into stacks, and their update from the stacks, by chunks of rows
 // shared out over the threads.
-#include <limits>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
-#include "../numbers.h"
 #include "pieces.h"
 
 namespace shampoo {
@@ -97,9 +96,8 @@ void update_chunk(const Piece& piece, int64_t chunk, F decay, F step) {
 }  // namespace
 
 void pack(const PieceTable& pieces, const Parallel& parallel) {
-  for_chunks(pieces.chunks, pieces.chunk_count, parallel, [&](PieceChunk here, int64_t) {
-    pack_chunk(pieces.pieces[here.piece], here.chunk);
-  });
+  for_chunks(pieces.chunks, pieces.chunk_count, parallel,
+             [&](PieceChunk here, int64_t) { pack_chunk(pieces.pieces[here.piece], here.chunk); });
 }
 
 void pack_finite(const PieceTable& pieces, int64_t count, bool negate, double* squares,
@@ -109,12 +107,12 @@ void pack_finite(const PieceTable& pieces, int64_t count, bool negate, double* s
     sums[number] = chunk_squares(pieces.pieces[here.piece], here.chunk);
   });
   sum_chunks(pieces.chunks, pieces.chunk_count, count, sums.data(), squares);
+  for (int64_t i = 0; i < count; ++i) {
+    if (squares[i] > most_squares(pieces.pieces[i].dtype)) squares[i] = INFINITY;
+  }
   for_chunks(pieces.chunks, pieces.chunk_count, parallel, [&](PieceChunk here, int64_t) {
     const Piece& piece = pieces.pieces[here.piece];
-    const bool wide = DType(piece.dtype) == DType::kFloat64;
-    const double limit = wide ? std::numeric_limits<double>::max()
-                              : double(std::numeric_limits<float>::max());
-    const bool finite = squares[here.piece] <= limit;  // false for NaN
+    const bool finite = squares[here.piece] < INFINITY;  // false for NaN
     if (finite) pack_chunk(piece, here.chunk);
     if (finite && !negate) return;
     for_packed(piece, here.chunk, [&](auto* to, int64_t elements) {

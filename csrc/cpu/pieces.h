@@ -3,25 +3,10 @@
 
 #include <algorithm>
 
-#include "../numbers.h"
+#include "../dtypes.h"
 #include "parallel.h"
 
 namespace shampoo {
-
-// f(T{}) with the type that `dtype` stands for.
-template <class F>
-void with_type(int64_t dtype, const F& f) {
-  switch (DType(dtype)) {
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Float16{});
-    case DType::kFloat64:
-      return f(double{});
-  }
-}
 
 // f(row, column, count, at) for every run of a row in a chunk, whose first element is number `at`
 // of the piece.

@@ -116,6 +116,40 @@ void pack_(Tensor pieces, Tensor chunks) {
   shampoo::check_launch("pack_", shampoo::pack_cuda(table, here.stream));
 }
 
+// Room for a number of every chunk, (chunks,).
+Tensor sums_of(const Tensor& chunks) {
+  return torch::stable::new_empty(chunks, {chunks.size(0)}, ScalarType::Double);
+}
+
+Tensor pack_finite_(Tensor pieces, Tensor chunks, bool negate) {
+  const char* op = "pack_finite_";
+  const auto table = shampoo::pieces_of(op, pieces, chunks);
+  const shampoo::OnDevice here(pieces);
+  Tensor squares = torch::stable::new_empty(pieces, {pieces.size(0)}, ScalarType::Double);
+  Tensor sums = sums_of(chunks);
+  shampoo::check_launch(
+      op, shampoo::pack_finite_cuda(table, pieces.size(0), negate, sums.mutable_data_ptr<double>(),
+                                    squares.mutable_data_ptr<double>(), here.stream));
+  return squares;
+}
+
+Tensor moments_(Tensor pieces, Tensor chunks, Tensor moves, Tensor steps, double beta1,
+                double beta2, double eps, bool nesterov, bool sums, bool corrected) {
+  const char* op = "moments_";
+  const auto table = shampoo::moment_pieces_of(op, pieces, chunks, moves, steps);
+  const shampoo::MomentRule rule{beta1, beta2, eps, nesterov, sums, corrected};
+  const shampoo::OnDevice here(pieces);
+  Tensor squares = torch::stable::new_empty(pieces, {table.count}, ScalarType::Double);
+  Tensor room = sums_of(chunks);
+  shampoo::by_dtype(moves, [&]<class T>(T) {
+    shampoo::check_launch(
+        op, shampoo::moments_cuda(table, rule, moves.const_data_ptr<T>(), steps.const_data_ptr<T>(),
+                                  room.mutable_data_ptr<double>(),
+                                  squares.mutable_data_ptr<double>(), here.stream));
+  });
+  return squares;
+}
+
 void unpack_apply_(Tensor pieces, Tensor chunks, std::optional<Tensor> decay,
                    std::optional<Tensor> step) {
   const char* op = "unpack_apply_";
@@ -134,5 +168,7 @@ STABLE_TORCH_LIBRARY_IMPL(shampoo_kernels_native, CUDA, m) {
   m.impl("power_iteration", TORCH_BOX(&power_iteration));
   m.impl("orthogonal_iteration_", TORCH_BOX(&orthogonal_iteration_));
   m.impl("pack_", TORCH_BOX(&pack_));
+  m.impl("pack_finite_", TORCH_BOX(&pack_finite_));
+  m.impl("moments_", TORCH_BOX(&moments_));
   m.impl("unpack_apply_", TORCH_BOX(&unpack_apply_));
 }

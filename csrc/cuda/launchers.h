@@ -53,11 +53,19 @@ cudaError_t orthogonal_iteration_cuda(const OrthogonalIteration<T>& problem, cud
 template <class T>
 int64_t orthogonal_iteration_bytes(int64_t n);
 
-// As pack and unpack_apply of kernels.h; the tables too are in device memory.
+// As pack, pack_finite, unpack_apply and moments of kernels.h; the tables too are in device memory,
+// and so is `sums`, room for (chunk_count,).
 cudaError_t pack_cuda(const PieceTable& pieces, cudaStream_t stream);
+
+cudaError_t pack_finite_cuda(const PieceTable& pieces, int64_t count, bool negate, double* sums,
+                             double* squares, cudaStream_t stream);
 
 template <class F>
 cudaError_t unpack_apply_cuda(const PieceTable& pieces, const PieceFactors<F>& factors,
                               cudaStream_t stream);
+
+template <class T>
+cudaError_t moments_cuda(const MomentTable& table, const MomentRule& rule, const T* moves,
+                         const T* steps, double* sums, double* squares, cudaStream_t stream);
 
 }  // namespace shampoo

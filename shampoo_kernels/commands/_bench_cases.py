@@ -143,7 +143,7 @@ def _pack(batch: int, n: int, device: str) -> Case:
     """Blocks of 16-bit matrices twice as wide, cast into one stack."""
     data = torch.randn(batch, n, 2 * n, device=device).bfloat16()[:, :, :n]
     stack = torch.zeros(batch, n, n, device=device)
-    pieces = Pieces(data.unbind(), stack.unbind())
+    pieces = Pieces(data.unbind(), [stack])
 
     def call() -> Tensor:
         pieces.pack_()

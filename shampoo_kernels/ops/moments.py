@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_kernels.ops import pack
+from shampoo_kernels.ops import common, pack
 from shampoo_kernels.ops.norms import block_norms, per_block
 
+_OP = "moments_"
 GRAFTS = ("adam", "rmsprop", "adagrad", "sgd", None)
 
 
@@ -63,13 +64,19 @@ def moments_(entries: Sequence[Entry], moves: Tensor, steps: Tensor, rule: Rule)
     """Take the gradients into the averages of the blocks that move, and look what step comes of it.
 
     Args:
-        entries: stacks on one device, of one dtype.
+        entries: stacks of at least one block each, on one device, of one dtype.
         moves: (blocks,) of that dtype, 1, or 0: everything of this block stays, bit for bit.
-        steps: (blocks,), the gradients seen, these included.
+        steps: (blocks,) of that dtype, the gradients seen, these included.
+
+    Raises:
+        TypeError: something of an entry has another dtype than moves; ValueError: a gradient that
+        is not contiguous, averages of one block with different strides.
     """
+    for entry in entries:
+        _check(entry, moves)
     if pack.native(moves):
         return _by_kernel(entries, moves, steps, rule)
-    momenta, own, norms = [], [], []
+    momenta, own, norms = [], [], [moves.new_empty(0)]
     sizes = [len(entry.exp_avgs) for entry in entries]
     for entry, move, step in zip(entries, moves.split(sizes), steps.split(sizes), strict=True):
         exp_avg, exp_avg_sq = torch.stack(list(entry.exp_avgs)), None
@@ -98,9 +105,14 @@ def _by_kernel(entries: Sequence[Entry], moves: Tensor, steps: Tensor, rule: Rul
         own.append(momentum if step is None else step)
         starts = [0 if x is None else x.data_ptr() for x in (grad, momentum, step)]
         for i, average in enumerate(entry.exp_avgs):
-            square = 0 if squares is None else squares[i].data_ptr()
+            square, strides = 0, average.stride()
+            if squares is not None:
+                square = squares[i].data_ptr()
+                if squares[i].stride() != strides:
+                    _refuse(f"exp_avg_sqs must have the strides {strides} of exp_avgs",
+                            squares[i])  # fmt: skip
             places = (start and start + i * size for start in starts)
-            rows.append((average.data_ptr(), square, *places, m, n, *average.stride()))
+            rows.append((average.data_ptr(), square, *places, m, n, *strides))
         sizes += [m * n] * count
     plain = rule.graft in ("rmsprop", "adagrad", "sgd") or rule.betas[1] == 1
     squared_norms = torch.ops.shampoo_kernels_native.moments_(
@@ -108,6 +120,18 @@ def _by_kernel(entries: Sequence[Entry], moves: Tensor, steps: Tensor, rule: Rul
         moves, steps, *rule.betas, rule.eps, rule.nesterov, rule.graft == "adagrad", not plain,
     )  # fmt: skip
     return Averages(momenta, own, squared_norms)
+
+
+def _check(entry: Entry, moves: Tensor) -> None:
+    common.check_dtype(_OP, "grad", entry.grad, (moves.dtype,))
+    for average in (*entry.exp_avgs[:1], *(entry.exp_avg_sqs or ())[:1]):
+        common.check_dtype(_OP, "an average", average, (moves.dtype,))
+    if not entry.grad.is_contiguous():
+        _refuse("grad must be contiguous", entry.grad)
+
+
+def _refuse(expected: str, x: Tensor) -> None:
+    raise ValueError(f"{_OP}: {expected}, got strides {x.stride()}")
 
 
 def average_(exp_avg: Tensor, grad: Tensor, moves: Tensor, rule: Rule) -> Tensor:

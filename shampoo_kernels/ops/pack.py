@@ -81,22 +81,27 @@ class Pieces:
         """stacks[i] <- data[i], cast."""
         if self._native() and not self._large(_LARGE_PACKED):
             torch.ops.shampoo_kernels_native.pack_(*self.table)
-        elif self.data:
-            torch._foreach_copy_(self._places(), self.data)
+            return
+        for stack, pieces in self._by_stack():
+            _gather_(stack, pieces)
 
     def pack_finite_(self, negate: bool = False) -> Tensor:
-        """stacks[i] <- data[i], with `negate` -data[i], or 0 where that has numbers that are not
-        finite or whose squares overflow (in float32; in float64 for float64).
+        """stacks[i] <- data[i], with `negate` -data[i], or 0 where data[i] has numbers that are not
+        finite or whose squares overflow (in float32; in float64 for float64 data).
 
         Returns:
-            Tensor (pieces,): the squared norms, not finite for those that became 0. float64.
+            Tensor (pieces,): the squared norms of data, not finite for those that became 0.
+                float64.
         """
         if self._native():
             return torch.ops.shampoo_kernels_native.pack_finite_(*self.table, negate)
         self.pack_()
         squares = []
-        for stack in self.stacks:
-            square = block_norms(stack).square()
+        for stack, pieces in self._by_stack():
+            if not pieces:
+                continue
+            judged = stack if stack.dtype == pieces[0].dtype else torch.stack(pieces)
+            square = block_norms(judged).square()
             stack.masked_fill_(per_block(~(square < math.inf)), 0)
             if negate:
                 stack.neg_()
@@ -153,16 +158,24 @@ def native(tensor: Tensor) -> bool:
     return not capturing and choose_for(_OP, tensor, torch.float32) == "native"
 
 
-@functools.lru_cache(maxsize=64)
 def chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """PieceChunk of kernels.h for pieces of so many elements: int32 (chunks, 2)."""
+    cuda = device.type == "cuda"
+    return _chunks(sizes, device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _chunks(sizes: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """One for each stream, on which the copy to the device is in order with the kernels."""
     found = [(i, c) for i, size in enumerate(sizes) for c in range(-(-size // _CHUNK))]
     return _move(torch.tensor(found, dtype=torch.int32, device="cpu").view(-1, 2), device)
 
 
 def on_device(rows: list[tuple[int, ...]], columns: int, device: torch.device) -> Tensor:
     """A table of int64 (rows, columns)."""
-    return _move(torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, columns), device)
+    return _move(
+        torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), columns), device
+    )
 
 
 def _move(table: Tensor, device: torch.device) -> Tensor:
@@ -189,6 +202,18 @@ def _check(stack: Tensor, pieces: list[Tensor], device: torch.device) -> None:
                 f"{_OP}: pieces and stacks must be on one device, got {piece.device} and "
                 f"{stack.device} beside {device}"
             )
+
+
+def _gather_(stack: Tensor, pieces: list[Tensor]) -> None:
+    """The reference of pack_ for one stack: on a GPU a launch or two, whatever the strides."""
+    if not pieces:
+        return
+    if stack.is_cpu:
+        torch._foreach_copy_(list(stack.unbind()), pieces)
+    elif stack.dtype == pieces[0].dtype:
+        torch.stack(pieces, out=stack)
+    else:
+        stack.copy_(torch.stack(pieces))
 
 
 def _apply_(pieces: list[Tensor], stack: Tensor, decay: Tensor, step: Tensor) -> None:
