@@ -126,7 +126,6 @@ def bench_moments(name: str, shapes: list[tuple[int, int]], rate: dict[str, floa
     })  # fmt: skip
     with use_backend("native"):
         (own,) = moments_(entries[-1:], ones[-1:], ones[-1:], rule).own
-    assert own is not None
     eps = 1e-8 * (1 - 0.95) ** 0.5
     exact = exp_avgs[-1].double() / (exp_avg_sqs[-1].double().sqrt() + eps)
     numbers = sum(grad.numel() for grad in grads)

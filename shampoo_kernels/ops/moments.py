@@ -108,7 +108,7 @@ def _by_kernel(entries: Sequence[Entry], moves: Tensor, steps: Tensor, rule: Rul
             square, strides = 0, average.stride()
             if squares is not None:
                 square = squares[i].data_ptr()
-                if squares[i].stride() != strides:
+                if squares[i].stride() != strides and not _alike(average, squares[i]):
                     _refuse(f"exp_avg_sqs must have the strides {strides} of exp_avgs",
                             squares[i])  # fmt: skip
             places = (start and start + i * size for start in starts)
@@ -128,6 +128,12 @@ def _check(entry: Entry, moves: Tensor) -> None:
         common.check_dtype(_OP, "an average", average, (moves.dtype,))
     if not entry.grad.is_contiguous():
         _refuse("grad must be contiguous", entry.grad)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Strides of a dimension of size 1 mean nothing."""
+    sizes = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(size <= 1 or own == other for size, own, other in sizes)
 
 
 def _refuse(expected: str, x: Tensor) -> None:
