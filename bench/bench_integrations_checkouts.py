@@ -1,8 +1,8 @@
 """As bench_integrations, for peers that come from a checkout of their repository.
 
 Each is found by its variable, SHAMPOO_KERNELS_PEER_DISTRIBUTED_SHAMPOO and so on, and skipped
-without. Errors are against the peer's own float64 run; SOAP has none of its own, and its errors
-would be those of a null space.
+without. Errors are against the peer's own float64 run; SOAPs have none of their own, and their
+errors would be those of a null space.
 """
 
 import contextlib
@@ -11,6 +11,8 @@ import importlib.util
 import os
 import sys
 import types
+import typing
+import warnings
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,6 @@ def checkout(peer: str) -> None:
 
 
 def distributed_shampoo(package, parameters, config, block):
-    dtype = parameters[0].dtype
     return package.DistributedShampoo(
         parameters,
         betas=(0.9, 0.95),
@@ -39,34 +40,74 @@ def distributed_shampoo(package, parameters, config, block):
         precondition_frequency=CYCLE,
         start_preconditioning_step=CYCLE,
         grafting_config=package.AdamPreconditionerConfig(beta2=0.95, epsilon=1e-8),
-        preconditioner_config=package.RootInvShampooPreconditionerConfig(
-            amortized_computation_config=config,
-            factor_matrix_dtype=dtype,
-            inv_factor_matrix_dtype=dtype,
-        ),
+        preconditioner_config=config(parameters[0].dtype),
     )
 
 
+def by_roots(package, solver):
+    """A config for the dtype of the parameters; factors of rank one fail in Newton."""
+
+    def config(dtype):
+        return package.RootInvShampooPreconditionerConfig(
+            amortized_computation_config=solver,
+            factor_matrix_dtype=dtype,
+            inv_factor_matrix_dtype=dtype,
+        )
+
+    return config
+
+
+def compare(versus, make, integration, case, own=None):
+    """own: how the optimizer with ours in it is made, where otherwise than the peer's; errors are
+    then each against its own formula."""
+    starts = {
+        "the peer alone": functools.partial(Run, make, MATRICES, contextlib.nullcontext),
+        "ours": functools.partial(Run, own or make, MATRICES, integration.enable),
+    }
+    truths = {name: start(dtype=torch.float64).way() for name, start in starts.items()}
+    runs, errors = {}, {}
+    for name, start in starts.items():
+        exact = truths[name if own else "the peer alone"]
+        runs[name] = start()
+        errors[name] = (runs[name].way() - exact).norm() / exact.norm()
+    versus(runs.pop("ours"), runs, case=f"{case}, {CYCLE} steps", errors=errors)
+
+
 @pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("solver", ["EigenConfig", "CoupledNewtonConfig"])
+@pytest.mark.parametrize("solver", ["EigenConfig", "CoupledNewtonConfig", "KernelRootInvConfig"])
 def bench_distributed_shampoo(versus, solver, block):
+    """The last is a config of ours, which damps otherwise, against the peer with its default."""
     checkout("distributed_shampoo")
     package = pytest.importorskip("distributed_shampoo")
     from distributed_shampoo.preconditioner import matrix_functions_types
 
     from shampoo_kernels.integrations import distributed_shampoo as integration
 
-    config = getattr(matrix_functions_types, solver)()
+    def maker(config):
+        config = by_roots(package, config)
+        return functools.partial(distributed_shampoo, package, config=config, block=block)
+
+    case, own = f"Distributed Shampoo, {solver}, blocks of {block}", None
+    if solver == "KernelRootInvConfig":
+        own = maker(integration.KernelRootInvConfig())
+        solver, case = "EigenConfig", f"{case} against EigenConfig"
+    make = maker(getattr(matrix_functions_types, solver)())
+    compare(versus, make, integration, case, own)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("kind", ["Eigendecomposed", "EigenvalueCorrected"])
+def bench_distributed_shampoo_in_a_basis(versus, kind, block):
+    checkout("distributed_shampoo")
+    package = pytest.importorskip("distributed_shampoo")
+    from shampoo_kernels.integrations import distributed_shampoo as integration
+
+    def config(dtype):
+        name = f"{kind}ShampooPreconditionerConfig"
+        return getattr(package, name)(factor_matrix_dtype=dtype)
+
     make = functools.partial(distributed_shampoo, package, config=config, block=block)
-    start = functools.partial(Run, make, MATRICES)  # factors of rank one fail in Newton
-    alone, ours = start(contextlib.nullcontext), start(integration.enable)
-    truth = start(contextlib.nullcontext, dtype=torch.float64).way()
-    errors = {
-        which: (run.way() - truth).norm() / truth.norm()
-        for which, run in (("ours", ours), ("the peer alone", alone))
-    }
-    case = f"Distributed Shampoo, {solver}, blocks of {block}, {CYCLE} steps"
-    versus(ours, {"the peer alone": alone}, case=case, errors=errors)
+    compare(versus, make, integration, f"Distributed Shampoo, {kind}, blocks of {block}")
 
 
 def bench_soap(versus):
@@ -80,6 +121,38 @@ def bench_soap(versus):
     start = functools.partial(Run, make, MATRICES + VECTORS)
     alone, ours = start(contextlib.nullcontext), start(integration.enable)
     versus(ours, {"the peer alone": alone}, case=f"SOAP, {CYCLE} steps")
+
+
+@pytest.mark.parametrize("name", ["SOAP", "SOAP, KL", "KlSoapV3", "REKLS"])
+def bench_emerging_soap(versus, name):
+    """Bases anew in every step, as that package has it; no errors, as of SOAP."""
+    checkout("emerging_optimizers")
+    pytest.importorskip("absl", reason="Emerging-Optimizers needs absl-py")
+    if sys.version_info < (3, 12):  # of the peer's 3.12 syntax only the registry cannot be read
+        registry = types.ModuleType("emerging_optimizers.registry")
+        registry.register_optimizer = lambda name: lambda cls: cls
+        sys.modules.setdefault("emerging_optimizers.registry", registry)
+        typing.override = lambda function: function
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of what the peer imports of it
+        from emerging_optimizers.legacy_soap import rekls, soap
+        from emerging_optimizers.shampoo import soap_v3
+
+    from shampoo_kernels.integrations import emerging_optimizers as integration
+
+    # Three compiled lines of clipping, which is off: they would cost the warm-up a minute.
+    clip = soap._clip_update_rms_in_place
+    soap._clip_update_rms_in_place = getattr(clip, "__wrapped__", clip)
+    make = {
+        "SOAP": functools.partial(soap.SOAP, lr=3e-3),
+        "SOAP, KL": functools.partial(soap.SOAP, lr=3e-3, use_kl_shampoo=True),
+        "KlSoapV3": functools.partial(soap_v3.KlSoapV3, lr=3e-3),
+        "REKLS": functools.partial(rekls.REKLS, lr=3e-3),
+    }[name]
+    start = functools.partial(Run, make, MATRICES)
+    alone, ours = start(contextlib.nullcontext), start(integration.enable)
+    case = f"Emerging-Optimizers' {name}, {CYCLE} steps"
+    versus(ours, {"the peer alone": alone}, case=case)
 
 
 def spectrum(n, p):

@@ -37,6 +37,7 @@ def bench_muon_steps(versus, shape):
     exact = _muon(G.double())
     functions = {
         "ours": lambda: orthogonalize(G, coefficients=MUON),
+        "ours, medium": lambda: orthogonalize(G, coefficients=MUON, precision="medium"),
         "plain torch": lambda: _muon(G),
         "plain torch, bfloat16": lambda: _muon(G.bfloat16()),
     }
