@@ -63,9 +63,8 @@ STABLE_TORCH_LIBRARY(shampoo_kernels_native, m) {
   m.def("pack_(Tensor pieces, Tensor chunks) -> ()");
   m.def("pack_finite_(Tensor pieces, Tensor chunks, bool negate) -> Tensor");
   m.def(
-      "moments_(Tensor pieces, Tensor chunks, Tensor moves, Tensor steps, float beta1, float "
-      "beta2, "
-      "float eps, bool nesterov, bool sums, bool corrected) -> Tensor");
+      "moments_(Tensor pieces, Tensor chunks, Tensor moves, Tensor steps, float beta1, "
+      "float beta2, float eps, bool nesterov, bool sums, bool corrected) -> Tensor");
   m.def("unpack_apply_(Tensor pieces, Tensor chunks, Tensor? decay, Tensor? step) -> ()");
 }
 
