@@ -20,7 +20,7 @@ CLOSEST = 0.1  # the vertical axis starts at the loss of the slowest after this 
 
 def draw(task: Task, made: Sequence[Row]) -> bytes:
     """A PNG: mean over the seeds, lowest to highest shaded; methods that fail are left out."""
-    figure = Figure(figsize=(11, 4.8), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11, 5.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     drawn = [(i, row) for i, row in enumerate(made) if not any(run.failed for run in row.runs)]
@@ -36,7 +36,8 @@ def draw(task: Task, made: Sequence[Row]) -> bytes:
         axes.grid(axis="y", linewidth=0.5, alpha=0.4)
     if drawn:
         _zoom(panels[0], [row for _, row in drawn])
-        panels[1].legend(loc="upper right", frameon=False)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     panels[0].set(xlabel="step", ylabel="validation loss")
     panels[1].set(xlabel="seconds (forward, backward, optimizer)")
     seeds = seeds_text(range(max((len(row.runs) for row in made), default=0)))
