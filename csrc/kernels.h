@@ -245,8 +245,8 @@ struct MomentTable {
 };
 
 // exp_avg, exp_avg_sq of the pieces with moves[i] = 1 take the gradient in; where it is 0 they stay
-// as they are. steps[i]: gradients seen, this one included. The sums of the squares of `own`, or of
-// `momentum` without it, go to squares (pieces,).
+// as they are. steps[i]: gradients seen, this one included. The sums of the squares of
+// the steps, which are the momentum without exp_avg_sq, go to squares (pieces,).
 template <class T>
 void moments(const MomentTable& table, const MomentRule& rule, const T* moves, const T* steps,
              double* squares, const Parallel& parallel);

@@ -9,7 +9,25 @@
 namespace shampoo {
 namespace {
 
-// A run of neighbours; returns the sum of the squares of what was written last.
+// Square roots and divisions are worth wide vectors; the bits are the same in any.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
+#define SHAMPOO_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define SHAMPOO_WIDE
+#endif
+
+SHAMPOO_WIDE void steps(float* __restrict out, const float* __restrict momentum,
+                        const float* __restrict v, float eps, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) out[e] = momentum[e] / (std::sqrt(v[e]) + eps);
+}
+SHAMPOO_WIDE void steps(double* __restrict out, const double* __restrict momentum,
+                        const double* __restrict v, double eps, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) out[e] = momentum[e] / (std::sqrt(v[e]) + eps);
+}
+
+constexpr int64_t kRun = 1024;  // neighbours at a time, which stay in the first cache
+
+// At most kRun neighbours; returns the sum of the squares of their steps.
 template <class T>
 double average_run(T* __restrict m, T* __restrict v, int64_t stride, const T* __restrict g,
                    T* __restrict momentum, T* __restrict own, int64_t count,
@@ -22,20 +40,25 @@ double average_run(T* __restrict m, T* __restrict v, int64_t stride, const T* __
   } else {
     for (int64_t e = 0; e < count; ++e) momentum[e] = m[e * stride];
   }
-  if (v && f.moves) {
+  if (!v) return squares(momentum, count);
+  if (f.moves) {
     for (int64_t e = 0; e < count; ++e) {
       v[e * stride] = f.keep2 * v[e * stride] + f.add2 * g[e] * g[e];
     }
   }
-  if (!own) return squares(momentum, count);
-  for (int64_t e = 0; e < count; ++e) own[e] = momentum[e] / (std::sqrt(v[e * stride]) + f.eps);
-  return squares(own, count);
+  T unasked[kRun], dense[kRun];
+  if (stride != 1) {
+    for (int64_t e = 0; e < count; ++e) dense[e] = v[e * stride];
+  }
+  T* step = own ? own : unasked;
+  steps(step, momentum, stride == 1 ? v : dense, f.eps, count);
+  return squares(step, count);
 }
 
 template <class T>
 double average_chunk(const MomentPiece& piece, int64_t chunk, const MomentFactors<T>& factors) {
   double sum = 0;
-  for_runs(piece, chunk, [&](int64_t i, int64_t j, int64_t count, int64_t at) {
+  for_runs<kRun>(piece, chunk, [&](int64_t i, int64_t j, int64_t count, int64_t at) {
     const int64_t stride = piece.column_stride, from = i * piece.row_stride + j * stride;
     auto there = [&](void* data, int64_t offset) {
       return data ? static_cast<T*>(data) + offset : nullptr;

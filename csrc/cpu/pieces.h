@@ -8,15 +8,17 @@
 
 namespace shampoo {
 
-// f(row, column, count, at) for every run of a row in a chunk, whose first element is number `at`
-// of the piece.
-template <class P, class F>
+// f(row, column, count, at) for every run of at most kMost neighbours in a chunk, whose first
+// element is number `at` of the piece: in a row, or across rows where they follow on each other.
+template <int64_t kMost = kChunkElements, class P, class F>
 void for_runs(const P& piece, int64_t chunk, const F& f) {
+  const bool whole = piece.column_stride == 1 && piece.row_stride == piece.columns;
   int64_t at = chunk * kChunkElements;
   const int64_t end = std::min(at + kChunkElements, piece.rows * piece.columns);
   while (at < end) {
     const int64_t row = at / piece.columns, column = at % piece.columns;
-    const int64_t count = std::min(end - at, piece.columns - column);
+    const int64_t left = whole ? kMost : std::min(kMost, piece.columns - column);
+    const int64_t count = std::min(end - at, left);
     f(row, column, count, at);
     at += count;
   }

@@ -1,7 +1,6 @@
 // Momentum and second moments of the pieces of many tensors, and the step of the graft that comes
-// of
-// them: one pass over memory in one launch, and a small one for the norms. The table is in device
-// memory, as in pack.cu.
+// of them: one pass over memory in one launch, and a small one for the norms. The table is in
+// device memory, as in pack.cu.
 //
 // Proven in emulation: the numbers and the bounds (tests/test_moments.py). Unproven until run on a
 // GPU: the share of the bandwidth.
@@ -31,7 +30,7 @@ __device__ Vector<T> squared(const Vector<T>& x) {
 }
 
 // Neighbours in memory, and the same ones in what is contiguous; returns the sum of the squares of
-// what was written last.
+// their steps.
 template <class T>
 __device__ double average(const MomentPiece& piece, int64_t offset, int64_t at, int count,
                           const MomentFactors<T>& f) {
@@ -48,20 +47,18 @@ __device__ double average(const MomentPiece& piece, int64_t offset, int64_t at, 
     if (f.nesterov) m = moved(f.keep1, m, f.add1, g);
   }
   put(static_cast<T*>(piece.momentum) + at, 1, m);
-  if (piece.exp_avg_sq != nullptr && (f.moves || piece.own != nullptr)) {
+  if (piece.exp_avg_sq != nullptr) {
     T* exp_avg_sq = static_cast<T*>(piece.exp_avg_sq) + offset;
     v = load(exp_avg_sq, stride, count);
     if (f.moves) {
       v = moved(f.keep2, v, f.add2, squared(g));
       put(exp_avg_sq, stride, v);
     }
-  }
-  if (piece.own != nullptr) {
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
       if (e < count) m.v[e] /= std::sqrt(v.v[e]) + f.eps;
     }
-    put(static_cast<T*>(piece.own) + at, 1, m);
+    if (piece.own != nullptr) put(static_cast<T*>(piece.own) + at, 1, m);
   }
   double sum = 0;
 #pragma unroll

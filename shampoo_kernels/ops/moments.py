@@ -49,7 +49,7 @@ class Entry(NamedTuple):
     exp_avgs: Sequence[Tensor]  # b pieces (m, n), any strides, of the dtype of the gradients
     exp_avg_sqs: Sequence[Tensor] | None  # likewise, of the same strides; None: no squares
     grad: Tensor  # (b, m, n), contiguous, float32 or float64, finite
-    wanted: bool  # whether its T is
+    wanted: bool  # whether its T is, not its norms alone
 
 
 class Averages(NamedTuple):
@@ -57,7 +57,7 @@ class Averages(NamedTuple):
 
     momenta: list[Tensor]  # (b, m, n)
     own: list[Tensor]  # T (b, m, n), where it was not wanted the momentum
-    squared_norms: Tensor  # (blocks,) float64, of `own`
+    squared_norms: Tensor  # (blocks,) float64, of T
 
 
 def moments_(entries: Sequence[Entry], moves: Tensor, steps: Tensor, rule: Rule) -> Averages:
@@ -87,8 +87,9 @@ def moments_(entries: Sequence[Entry], moves: Tensor, steps: Tensor, rule: Rule)
             average_squares_(exp_avg_sq, entry.grad, move, rule)
             torch._foreach_copy_(list(entry.exp_avg_sqs), exp_avg_sq.unbind())
         momenta.append(momentum)
-        own.append(direction(momentum, exp_avg_sq, step, rule) if entry.wanted else momentum)
-        norms.append(block_norms(own[-1]))
+        T = direction(momentum, exp_avg_sq, step, rule)
+        own.append(T if entry.wanted else momentum)
+        norms.append(block_norms(T))
     return Averages(momenta, own, torch.cat(norms).double().square())
 
 

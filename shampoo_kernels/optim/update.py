@@ -37,9 +37,7 @@ def step_(batch: Batch, inputs: Inputs, group: dict) -> None:
     if batch.has_factors:
         for part, grad, move in by_part:
             statistics.update_(part, grad, move, group)
-    # nobody asks for the graft's step of blocks that have a scale of their own
-    wanted = not batch.has_factors or rule.graft is not None
-    averages = _average_(batch, inputs, grads, moves, steps, rule, wanted)
+    averages = _average_(batch, inputs, grads, moves, steps, rule, _asks(batch, rule))
     if batch.has_factors:
         for (part, grad, move), position in zip(by_part, batch.positions, strict=True):
             turn = turns.due(part, inputs.steps, group, position)
@@ -58,6 +56,13 @@ def _rule(batch: Batch, group: dict) -> Rule:
     """The momentum looks ahead in blocks with factors alone: the others run the graft as it is."""
     nesterov = group["nesterov"] and batch.has_factors
     return Rule(group["betas"], group["eps"], group["graft"], nesterov)
+
+
+def _asks(batch: Batch, rule: Rule) -> bool:
+    """Whether the graft's step itself is wanted: for blocks without factors, and for those that
+    have no root yet. On a CPU that is seen when it is so."""
+    grafted = rule.graft is not None and batch.device.type != "cpu"
+    return grafted or not batch.has_factors
 
 
 def _gradients(batch: Batch, inputs: Inputs, group: dict) -> tuple[list[Tensor], Tensor]:
@@ -163,13 +168,25 @@ def _by_roots(
     if min(seen) < group["start_step"]:
         started = torch.tensor([step >= group["start_step"] for step in seen], device="cpu")
         ready &= started.to(batch.device, non_blocking=True)
-    if not (batch.device.type == "cpu" and ready.all()):  # elsewhere looking would mean waiting
+    if batch.device.type != "cpu" or not ready.all():  # elsewhere looking would mean waiting
+        own = averages.own if _asks(batch, rule) else _directions(batch, inputs, averages, rule)
         updates = [
-            torch.where(per_block(here), update, own)
-            for here, update, own in zip(batch.split(ready), updates, averages.own, strict=True)
+            torch.where(per_block(here), update, step)
+            for here, update, step in zip(batch.split(ready), updates, own, strict=True)
         ]
     own_norms = averages.squared_norms.sqrt().to(norms.dtype)
     return updates, torch.where(ready, scale * own_norms / norms, scale)
+
+
+def _directions(batch: Batch, inputs: Inputs, averages: Averages, rule: Rule) -> list[Tensor]:
+    """The graft's steps of all parts."""
+    if rule.graft == "sgd":
+        return averages.momenta
+    squares = batch.pack(inputs.exp_avg_sqs)
+    return [
+        direction(momentum, exp_avg_sq, part.steps, rule)
+        for part, momentum, exp_avg_sq in zip(batch.parts, averages.momenta, squares, strict=True)
+    ]
 
 
 def _clipped(batch: Batch, updates: list[Tensor], scale: Tensor, limit: float) -> Tensor:
