@@ -121,11 +121,11 @@ struct InverseRoot {
 template <class T>
 void inverse_root_eigh(const InverseRoot<T>& problem, double rank_rtol, const Parallel& parallel);
 
-// h(M) = a I + b M + c M^2 of every step, for eigenvalues of A / bound from a floor (which the
-// steps are made for) to 1.
+// h(M) = a I + b M + c Q^2 of every step, for eigenvalues of A / bound from a floor (which the
+// steps are made for) to 1; Q = t I + s M + M^2, or M itself where s is 0.
 struct NewtonSchedule {
   struct Step {
-    float a, b, c;
+    float a, b, c, s, t;
   };
   const Step* steps;
   int64_t count;  // >= 1

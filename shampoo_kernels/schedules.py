@@ -1,26 +1,29 @@
 """Minimax coefficients of the matrix iterations for inverse p-th roots and polar factors.
 
 Every iterate is a polynomial of one matrix, so one number tells all: an eigenvalue ratio λ in
-(0, 1] becomes s = λ^(1/p), a step maps it to s*h(s^p), h(M) = c0 + c1*M + c2*M², the aim is s = 1.
+(0, 1] becomes s = λ^(1/p), a step maps it to s*h(s^p), h(M) = c0 + c1*M + ..., the aim is s = 1.
 Each step is the h of its degree that minimises max |s*h(s^p) - 1| on the interval the step before
 has left, as in Polar Express (Amsel et al., arXiv 2505.16932) and CANS (Grishina et al., arXiv
 2506.10935), for any p.
 """
 
 import functools
+import itertools
 import math
 import numbers
+from collections.abc import Sequence
 
 Step = tuple[float, ...]
 
-# Below this the optimum cannot be told from its limit, and the exchange becomes singular.
-_BINOMIAL_BELOW = 1e-5
+DEGREES = (1, 2, 4)
+# By degree: below this the optimum cannot be told from its limit, the exchange becomes singular.
+_BINOMIAL_BELOW = {1: 1e-5, 2: 1e-5, 4: 1e-2}
 
 
 def minimax_coefficients(
     floor: float,
     p: int,
-    degree: int,
+    degree: int | Sequence[int],
     *,
     tolerance: float = 1e-5,
     cushion: float = 0.0,
@@ -36,7 +39,7 @@ def minimax_coefficients(
         floor: smallest eigenvalue that is designed for, relative to the bound the matrix is divided
             by; below 1, and at least 1e-13^p (float64 coefficients resolve no less) and 1e-60.
         p: the root, an integer from 1 to 64.
-        degree: of h in M, 1 or 2.
+        degree: of h in M, 1, 2 or 4; or those of the steps in turn, the last of all that follow.
         tolerance: the schedule ends with the first step that leaves max |s - 1| at most this; from
             1e-14 to 0.1. The default suits float32; float64 wants 1e-14, one or two steps more.
         cushion: in [0, 0.9]. The plain optimum also throws eigenvalues that are already near 1
@@ -49,15 +52,17 @@ def minimax_coefficients(
             exact arithmetic gets (the safety factor of Polar Express, but it fades out near 1).
 
     Returns:
-        One tuple (c0, c1) or (c0, c1, c2) per step. Minimax steps; once the remaining error is
-        below 1e-5, the binomial step that they tend to.
+        One tuple (c0, c1, ..., c_degree) per step. Minimax steps; once the remaining error is below
+        1e-5 (degree 4: 1e-2), the binomial step that they tend to.
 
     Raises:
         TypeError, ValueError: an argument of another type or outside of its range.
     """
     name = "minimax_coefficients"
     _check_integer(name, "p", p, 64)
-    _check_integer(name, "degree", degree, 2)
+    degrees = tuple(degree) if isinstance(degree, Sequence) else (degree,)
+    for each in degrees or (None,):
+        _check_degree(name, each)
     _check_number(name, "floor", floor)
     least = 10.0 ** -min(13 * int(p), 60)
     if not least <= floor < 1:
@@ -72,15 +77,27 @@ def minimax_coefficients(
     if not 0 <= headroom <= 0.1:
         raise ValueError(f"{name}: headroom must be in [0, 0.1], got {headroom!r}")
     return _schedule(
-        float(floor), int(p), int(degree), float(tolerance), float(cushion), float(headroom)
-    )
+        float(floor), int(p), tuple(map(int, degrees)), float(tolerance), float(cushion),
+        float(headroom),
+    )  # fmt: skip
+
+
+def in_squares(step: Step) -> Step:
+    """(a, b, c, s, t) with h(M) = a I + b M + c Q², Q = t I + s M + M²: a step of degree 4 by two
+    products of a matrix by itself. With degree 1 or 2 it is (a, b) or (a, b, c), and Q = M."""
+    if len(step) <= 3:
+        return step
+    c0, c1, c2, c3, c4 = step
+    s = c3 / (2 * c4)
+    t = (c2 / c4 - s * s) / 2
+    return c0 - c4 * t * t, c1 - 2 * c4 * s * t, c4, s, t
 
 
 def schedule_error(steps: tuple[Step, ...], floor: float, p: int) -> float:
     """max |s - 1| over all eigenvalues in [floor, 1] after the whole schedule.
 
-    This is the largest relative error of the root in exact arithmetic. The steps have degree 1
-    or 2, so the image of an interval is known exactly from its ends and the extrema in between.
+    This is the largest relative error of the root in exact arithmetic: the image of an interval is
+    known from its ends and the extrema in between.
     """
     low, high = floor ** (1 / p), 1.0
     for step in steps:
@@ -104,22 +121,32 @@ def reaches(steps: tuple[Step, ...], floor: float, p: int) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _schedule(
-    floor: float, p: int, degree: int, tolerance: float, cushion: float, headroom: float
-) -> tuple[Step, ...]:
+    floor: float, p: int, degrees: tuple[int, ...], tolerance: float, cushion: float,
+    headroom: float,
+) -> tuple[Step, ...]:  # fmt: skip
     low, high = floor ** (1 / p), 1.0
     steps: list[Step] = []
     while not steps or max(high - 1, 1 - low) > tolerance:
-        if max(high - 1, 1 - low) < _BINOMIAL_BELOW:
-            step = _binomial(p, degree)
-        else:
-            a = max(low, cushion * high)
-            step = _minimax_1(p, a, high) if degree == 1 else _minimax_2(p, a, high)
-            if a > low:
-                step = _centred(step, p, low, high)
+        degree = degrees[min(len(steps), len(degrees) - 1)]
+        step, low, high = _step(p, degree, low, high, cushion)
         steps.append(step)
-        low, high = _image(step, p, low, high)
         high += headroom * (high - 1)
     return tuple(steps)
+
+
+@functools.lru_cache(maxsize=1024)
+def _step(
+    p: int, degree: int, low: float, high: float, cushion: float
+) -> tuple[Step, float, float]:
+    """The next step, and the interval that it leaves of [low, high]."""
+    if max(high - 1, 1 - low) < _BINOMIAL_BELOW[degree]:
+        step = _binomial(p, degree)
+    else:
+        a = max(low, cushion * high)
+        step = _minimax_1(p, a, high) if degree == 1 else _minimax(p, degree, a, high)
+        if a > low:
+            step = _centred(step, p, low, high)
+    return step, *_image(step, p, low, high)
 
 
 def _centred(step: Step, p: int, low: float, high: float) -> Step:
@@ -130,11 +157,13 @@ def _centred(step: Step, p: int, low: float, high: float) -> Step:
 
 def _binomial(p: int, degree: int) -> Step:
     """h = sum_i b_i (1 - M)^i, the expansion of M^(-1/p) at 1, as powers of M."""
-    b1 = 1 / p
-    if degree == 1:
-        return (1 + b1, -b1)
-    b2 = b1 * (1 + p) / (2 * p)
-    return (1 + b1 + b2, -b1 - 2 * b2, b2)
+    b = [1.0]
+    for i in range(1, degree + 1):
+        b.append(b[-1] * (1 / p + i - 1) / i)
+    return tuple(
+        (-1) ** j * sum(b[i] * math.comb(i, j) for i in range(j, degree + 1))
+        for j in range(degree + 1)
+    )
 
 
 def _minimax_1(p: int, a: float, b: float) -> Step:
@@ -145,24 +174,42 @@ def _minimax_1(p: int, a: float, b: float) -> Step:
     return (C * T, -C)
 
 
-def _minimax_2(p: int, a: float, b: float) -> Step:
-    """Remez exchange over (a, x1, x2, b) for q(s) = s (1 + c1 M + c2 M²), scaled at the end.
+def _minimax(p: int, degree: int, a: float, b: float) -> Step:
+    """Remez exchange over (a, x1, ..., b) for q(s) = s (1 + c1 M + ...), scaled at the end.
 
-    With c0 = 1, q(a) = q(x2) and q(x1) = q(b) are two linear equations whose coefficients are
-    positive divided differences: nothing cancels, even for a = 1e-12. The new nodes are exact, the
-    roots of a quadratic: q'(s) = 1 + (1+p) c1 M + (1+2p) c2 M².
+    With c0 = 1, q(x[i]) = q(x[i + 2]) are linear equations whose coefficients are positive divided
+    differences: nothing cancels, even for a = 1e-12. The new nodes are the extrema of q.
     """
-    x1, x2 = b - 0.75 * (b - a), b - 0.25 * (b - a)
+    inner = [
+        a + (b - a) * (1 - math.cos(math.pi * i / (degree + 1))) / 2 for i in range(1, degree + 1)
+    ]
     for _ in range(40):  # convergence is quadratic; narrow intervals end in a little noise
-        u1, u2 = _divided_difference(p, x2, a), _divided_difference(2 * p, x2, a)
-        v1, v2 = _divided_difference(p, b, x1), _divided_difference(2 * p, b, x1)
-        determinant = u1 * v2 - u2 * v1
-        c1, c2 = (u2 - v2) / determinant, (v1 - u1) / determinant
-        old = x1, x2
-        x1, x2 = _extrema((1.0, c1, c2), p)
-        if abs(x1 - old[0]) <= 1e-9 * x1 and abs(x2 - old[1]) <= 1e-9 * x2:
+        x = [a, *inner, b]
+        rows = [
+            [_divided_difference(i * p, upper, lower) for i in range(1, degree + 1)]
+            for lower, upper in zip(x, x[2:], strict=False)
+        ]
+        step = (1.0, *_solve(rows, [-1.0] * degree))
+        old, inner = inner, _extrema(step, p)
+        if all(abs(x - y) <= 1e-9 * x for x, y in zip(inner, old, strict=True)):
             break
-    return _centred((1.0, c1, c2), p, a, b)
+    return _centred(step, p, a, b)
+
+
+def _solve(rows: list[list[float]], right: list[float]) -> list[float]:
+    """The solution of a small dense system, by elimination with pivots."""
+    rows = [[*row, value] for row, value in zip(rows, right, strict=True)]
+    n = len(rows)
+    for k in range(n):
+        pivot = max(range(k, n), key=lambda i: abs(rows[i][k]))
+        rows[k], rows[pivot] = rows[pivot], rows[k]
+        for i in range(k + 1, n):
+            factor = rows[i][k] / rows[k][k]
+            rows[i] = [x - factor * y for x, y in zip(rows[i], rows[k], strict=True)]
+    x = [0.0] * n
+    for k in reversed(range(n)):
+        x[k] = (rows[k][n] - sum(rows[k][j] * x[j] for j in range(k + 1, n))) / rows[k][k]
+    return x
 
 
 def _divided_difference(k: int, x: float, y: float) -> float:
@@ -174,23 +221,54 @@ def _divided_difference(k: int, x: float, y: float) -> float:
 
 
 def _value(step: Step, p: int, s: float) -> float:
-    M = s**p
-    h = 0.0
-    for c in reversed(step):
-        h = h * M + c
-    return s * h
+    return s * _horner(step, s**p)[0]
 
 
-def _extrema(step: Step, p: int) -> tuple[float, ...]:
+def _extrema(step: Step, p: int) -> list[float]:
     """Where d/ds of s*h(s^p) vanishes, s > 0, in ascending order."""
-    c0, c1, c2 = step[0], step[1] * (1 + p), (step[2] * (1 + 2 * p) if len(step) > 2 else 0.0)
-    if c2 == 0:
-        roots = [-c0 / c1]
-    else:
-        # c1 < 0 < c2 in every minimax step; a double root may round to a negative discriminant.
-        half = -c1 / 2 + math.sqrt(max(c1 * c1 / 4 - c0 * c2, 0.0))
-        roots = [c0 / half, half / c2]
-    return tuple(M ** (1 / p) for M in roots)
+    slope = [(1 + i * p) * c for i, c in enumerate(step)]
+    return [M ** (1 / p) for M in _positive_roots(slope)]
+
+
+def _positive_roots(c: list[float]) -> list[float]:
+    """Where sum_i c_i M^i changes its sign, M > 0, ascending; all its roots being real, they lie
+    between those of its derivative."""
+    while len(c) > 1 and c[-1] == 0:
+        c = c[:-1]
+    if len(c) == 1:
+        return []
+    most = 1 + max(abs(x / c[-1]) for x in c)  # Cauchy's bound
+    turns = _positive_roots([i * x for i, x in enumerate(c)][1:])
+    edges = [0.0, *turns, most]
+    found = (_root_between(c, low, high) for low, high in itertools.pairwise(edges))
+    return [root for root in found if root is not None]
+
+
+def _root_between(c: list[float], low: float, high: float) -> float | None:
+    """Newton's method, with bisection where it leaves the bracket."""
+    ascending = _horner(c, high)[0] > 0
+    if ascending == (_horner(c, low)[0] > 0):
+        return None
+    x = (low + high) / 2
+    for _ in range(200):
+        value, slope = _horner(c, x)
+        low, high = (low, x) if (value > 0) == ascending else (x, high)
+        next_ = x - value / slope if slope else low
+        if not low < next_ < high:
+            next_ = (low + high) / 2
+        if abs(next_ - x) <= 1e-15 * x:
+            break
+        x = next_
+    return x
+
+
+def _horner(c: Sequence[float], x: float) -> tuple[float, float]:
+    """The polynomial sum_i c_i x^i and its derivative at x."""
+    value = slope = 0.0
+    for coefficient in reversed(c):
+        slope = slope * x + value
+        value = value * x + coefficient
+    return value, slope
 
 
 def _image(step: Step, p: int, low: float, high: float) -> tuple[float, float]:
@@ -205,6 +283,15 @@ def _check_integer(op: str, name: str, value: object, most: int) -> None:
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if not 1 <= int(value) <= most:
         raise ValueError(f"{op}: {name} must be from 1 to {most}, got {value}")
+
+
+def _check_degree(op: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | None):
+        raise TypeError(f"{op}: degree must be an int or ints, got {type(value).__name__}")
+    if value not in DEGREES:
+        raise ValueError(
+            f"{op}: degree must be 1, 2 or 4, got {'none' if value is None else value}"
+        )
 
 
 def _check_number(op: str, name: str, value: object) -> None:

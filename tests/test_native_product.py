@@ -125,9 +125,7 @@ def test_product_refuses_what_would_leave_its_memory(out, left, right, base, sym
 
 
 def newton(A, p=2, ridge=1e-6, previous=None, root=None):
-    steps = torch.tensor(
-        [(*step, 0.0)[:3] for step in roots.schedule("newton", ridge, p, torch.float32)]
-    )
+    steps = roots.native_steps(ridge, p)
     root = torch.full(A.shape, NAN) if root is None else root
     residual, status = A.new_full(A.shape[:1], NAN), torch.zeros(len(A), dtype=torch.int8)
     ops.inverse_root_newton_(A, p, ridge, steps, previous, root, residual, status)

@@ -218,7 +218,7 @@ def test_the_default_dtype_makes_no_difference(given, dtype):
     results = []
     for default in (torch.float32, dtype):
         own = parameters((4, 3), (3,))
-        roots._native_steps.cache_clear()
+        roots.native_steps.cache_clear()
         torch.set_default_dtype(default)
         try:
             optimizer = INFO.optim_cls(own, refresh_every=1, **given.kwargs)

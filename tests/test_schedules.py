@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shampoo_kernels import minimax_coefficients
-from shampoo_kernels.schedules import schedule_error
+from shampoo_kernels.schedules import DEGREES, in_squares, schedule_error
 
 # (p, degree, floor): (steps, eps of those steps, coefficients as printed), from a Remez exchange on
 # a grid of 40,000 points, so that the printed digits are good to about 1e-7 relative.
@@ -93,17 +93,49 @@ def test_published_sets():
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4, 8, 64])
-@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("degree", DEGREES)
 def test_limit_is_the_binomial_step(p, degree):
     """The last step of a long schedule expands sum_i b_i (1-M)^i with b_i of (1-y)^(-1/p)."""
-    b1 = 1 / p
-    b2 = b1 * (1 + p) / (2 * p)
-    limit = (1 + b1, -b1) if degree == 1 else (1 + b1 + b2, -b1 - 2 * b2, b2)
-    assert minimax_coefficients(1e-4, p, degree, tolerance=1e-14)[-1] == pytest.approx(limit)
+    step = minimax_coefficients(1e-4, p, degree, tolerance=1e-14)[-1]
+    for y in (0.0, 0.3, 1.0, 2.0):
+        expansion = b = 1.0
+        for i in range(1, degree + 1):
+            b *= (1 / p + i - 1) / i
+            expansion += b * y**i
+        assert sum(c * (1 - y) ** i for i, c in enumerate(step)) == pytest.approx(expansion)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
+def test_degrees_in_turn(p):
+    """Each step has its own degree, the last one all that follow, and is the best of its interval:
+    as good as where it comes first."""
+    steps = minimax_coefficients(1e-4, p, (1, 2, 4), cushion=0.1)
+    assert [len(step) - 1 for step in steps] == [1, 2] + [4] * (len(steps) - 2)
+    assert steps == minimax_coefficients(1e-4, p, [1, 2, 4, 4], cushion=0.1)
+    assert steps[:1] == minimax_coefficients(1e-4, p, 1, cushion=0.1)[:1]
+    assert schedule_error(steps, 1e-4, p) <= 1e-5
+
+
+@pytest.mark.parametrize("degree", DEGREES)
+def test_in_squares_is_the_same_polynomial(degree):
+    """To the rounding of c Q² against what remains of it where h is small."""
+    for step in minimax_coefficients(1e-6, 2, degree, cushion=0.05):
+        a, b, *rest = in_squares(step)
+        for M in (0.0, 1e-3, 0.1, 0.5, 1.0, 1.5):
+            c, s, t = (*rest, 0.0, 0.0, 0.0)[:3]
+            Q = t + s * M + M * M if s else M
+            expected = sum(coefficient * M**i for i, coefficient in enumerate(step))
+            assert a + b * M + c * Q * Q == pytest.approx(expected, rel=1e-11, abs=1e-11)
+
+
+def test_a_higher_degree_needs_no_more_steps():
+    for p, k in itertools.product((1, 2, 4, 64), range(1, 9)):
+        lengths = [len(minimax_coefficients(10.0**-k, p, degree)) for degree in DEGREES]
+        assert lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4, 16, 64])
-@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("degree", DEGREES)
 @pytest.mark.parametrize("floor", [1e-2, 1e-4, 1e-6, 1e-8])
 def test_equioscillation(p, degree, floor):
     """Each step's error alternates degree + 2 times at equal height: no other step does better."""
@@ -124,11 +156,11 @@ def test_equioscillation(p, degree, floor):
                 alternations.append(math.copysign(1, value))
         assert len(alternations) == degree + 2, (step, low, high)
         low, high = 1 - height, 1 + height
-        if degree == 2 and height < 1e-9:
+        if height < (1e-2 if degree == 4 else 1e-9 if degree == 2 else 0):  # binomial from here on
             break
 
 
-@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("degree", DEGREES)
 @pytest.mark.parametrize("tolerance", [1e-5, 1e-14])
 def test_converges_for_every_root_and_floor(degree, tolerance):
     """The composed error is at most the tolerance plus the rounding of s^p on [floor, 1].
@@ -156,7 +188,7 @@ def test_tiny_floors(floor):
 @settings(max_examples=100, deadline=None)
 @given(
     p=st.integers(1, 64),
-    degree=st.integers(1, 2),
+    degree=st.sampled_from(DEGREES),
     exponent=st.floats(-8, -2),
     below=st.floats(1e-30, 1),
 )
@@ -188,7 +220,7 @@ def test_cushion_keeps_what_is_near_one_away_from_zero():
 
 
 @pytest.mark.parametrize("cushion", [0.0, 0.01, 0.1])
-@pytest.mark.parametrize(("p", "degree"), [(2, 2), (2, 1), (4, 2), (1, 2)])
+@pytest.mark.parametrize(("p", "degree"), [(2, 2), (2, 1), (4, 2), (1, 2), (2, 4)])
 def test_headroom_survives_rounding(p, degree, cushion):
     """A relative error of 1e-6 upwards in every step, as in float32, stays bounded."""
     floor = 1e-6**p
@@ -208,7 +240,7 @@ def test_headroom_survives_rounding(p, degree, cushion):
 @settings(max_examples=200, deadline=None)
 @given(
     p=st.integers(1, 64),
-    degree=st.integers(1, 2),
+    degree=st.sampled_from(DEGREES),
     exponent=st.floats(-12.9, -1e-9),
     cushion=st.floats(0, 0.9),
     headroom=st.floats(0, 0.1),
@@ -222,7 +254,7 @@ def test_every_valid_argument_gives_a_schedule(p, degree, exponent, cushion, hea
 
 
 def test_more_steps_for_smaller_floors():
-    for p, degree in itertools.product((1, 2, 4, 64), (1, 2)):
+    for p, degree in itertools.product((1, 2, 4, 64), DEGREES):
         lengths = [len(minimax_coefficients(10.0**-k, p, degree)) for k in range(1, 9)]
         assert lengths == sorted(lengths)
 
@@ -243,7 +275,9 @@ def test_is_cached_and_plain():
     (1e-4, 65, 2, {}, ValueError, "p must be from 1 to 64, got 65"),
     (1e-4, 2.0, 2, {}, TypeError, "p must be an int, got float"),
     (1e-4, True, 2, {}, TypeError, "p must be an int, got bool"),
-    (1e-4, 2, 3, {}, ValueError, "degree must be from 1 to 2, got 3"),
+    (1e-4, 2, 3, {}, ValueError, "degree must be 1, 2 or 4, got 3"),
+    (1e-4, 2, (), {}, ValueError, "degree must be 1, 2 or 4, got none"),
+    (1e-4, 2, (1, 2.0), {}, TypeError, "degree must be an int or ints, got float"),
     (1e-4, 2, 2, {"tolerance": 1e-16}, ValueError, "tolerance must be in"),
     (1e-4, 2, 2, {"cushion": 0.91}, ValueError, "cushion must be in"),
     (1e-4, 2, 2, {"headroom": -0.1}, ValueError, "headroom must be in"),

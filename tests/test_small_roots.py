@@ -14,7 +14,7 @@ from shampoo_kernels.schedules import reaches
 @pytest.mark.parametrize("floor", [1e-2, 1e-6])
 def test_a_matrix_within_reach_of_a_step_may_start_there(floor, p, dtype):
     """Whatever step it starts at, every eigenvalue within reach ends where the schedule does."""
-    steps = roots.schedule("newton", floor, p, dtype)
+    steps = roots.schedule("newton", floor, p, dtype, 2)
     reach = reaches(steps, floor, p)
     assert len(reach) == len(steps)
     assert reach[-1] > 0
@@ -29,7 +29,7 @@ def test_a_matrix_within_reach_of_a_step_may_start_there(floor, p, dtype):
 
 def test_steps_with_reach_are_the_schedule():
     table = roots.steps_with_reach(1e-4, 3, torch.float32)
-    steps = roots.schedule("newton", 1e-4, 3, torch.float32)
+    steps = roots.schedule("newton", 1e-4, 3, torch.float32, 2)
     assert table.shape == (len(steps), 4)
     assert table[0, 3] == math.inf
     for row, step in zip(table.tolist(), steps, strict=True):

@@ -83,7 +83,7 @@ void inverse_root_eigh_(Tensor A, double p, double ridge, std::optional<double> 
   A.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }
 
-// steps: (count, 3) float32, the coefficients a, b, c of every step.
+// steps: (count, 5) float32, the coefficients a, b, c, s, t of every step.
 void inverse_root_newton_(Tensor A, int64_t p, double ridge, Tensor steps,
                           std::optional<Tensor> previous, Tensor root, Tensor residual,
                           Tensor status) {
@@ -92,7 +92,7 @@ void inverse_root_newton_(Tensor A, int64_t p, double ridge, Tensor steps,
   check_same_dtype(op, "A", A, ScalarType::Float);
   check_cpu(op, "steps", steps, 2);
   check_same_dtype(op, "steps", steps, ScalarType::Float);
-  check_size(op, "steps", steps, 1, 3);
+  check_size(op, "steps", steps, 1, 5);
   STD_TORCH_CHECK(steps.is_contiguous() && steps.size(0) >= 1, op,
                   ": steps must be contiguous and hold at least one");
   STD_TORCH_CHECK(p <= 1 << 20, op, ": p must be at most ", 1 << 20, ", got ", p);

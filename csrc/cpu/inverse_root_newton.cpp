@@ -1,5 +1,5 @@
 // Inverse p-th roots by products alone: the coupled Newton iteration (M-form) with a fixed schedule
-// of polynomials h(M) = a I + b M + c M^2 for spectra in [floor, 1]:
+// of polynomials h(M) = a I + b M + c Q^2, Q = t I + s M + M^2 or M, for spectra in [floor, 1]:
 //   M_0 = (A + ridge bound I) / ((1 + ridge) bound),  X_0 = I;   X <- X h(M),  M <- h(M)^p M.
 // M -> I and X -> M_0^(-1/p). All factors are polynomials of one matrix, so every product is
 // symmetric: half of it is computed and mirrored (float32 tolerates that, lower precision does not).
@@ -63,7 +63,12 @@ void newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule, i
 
   auto polynomial = [&](float* out, int64_t step, float factor) {
     const NewtonSchedule::Step& s = schedule.steps[step];
-    multiply(out, M, M, M, factor * s.a, factor * s.b, factor * s.c);
+    const float* Q = M;
+    if (s.s != 0) {
+      multiply(spare, M, M, M, s.t, s.s, 1.0f);
+      Q = spare;
+    }
+    multiply(out, Q, Q, M, factor * s.a, factor * s.b, factor * s.c);
   };
   auto product = [&](float*& to, const float* left, const float* right, float factor) {
     multiply(spare, left, right, spare, 0.0f, 0.0f, factor);

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shampoo_kernels.kernels.launch import divided
 from shampoo_kernels.kernels.product import product as multiply
+from shampoo_kernels.schedules import in_squares
 
 Coefficients = Sequence[tuple[float, ...]]
 
@@ -81,11 +82,14 @@ def newton(
             stacks.append(found)
         return D
 
-    def polynomial(M: Tensor, a: float, b: float, c: float = 0.0) -> Tensor:
-        return symmetric(M, M, a=a, b=b, c=c, C=M)
+    def polynomial(M: Tensor, coefficient: tuple[float, ...]) -> Tensor:
+        a, b, *rest = in_squares(coefficient)
+        c, *inner = rest or (0.0,)
+        Q = symmetric(M, M, a=inner[1], b=inner[0], C=M) if inner else M
+        return symmetric(Q, Q, a=a, b=b, c=c, C=M)
 
     M = stacks.pop()
-    X = h = polynomial(M, *coefficients[0])
+    X = h = polynomial(M, coefficients[0])
     for step, coefficient in enumerate(coefficients[1:], 2):
         last, power = step == len(coefficients), p
         while True:  # right-to-left powers: h is squared, and multiplied to M where p has a bit
@@ -96,7 +100,7 @@ def newton(
                 break
             h = symmetric(h, h)
         del h
-        h = polynomial(M, *coefficient)
+        h = polynomial(M, coefficient)
         X = symmetric(X, h)
     return X, (stacks.pop() if stacks else measured).amax(1)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.ops.common import mirror_lower
+from shampoo_kernels.schedules import in_squares
 
 Coefficients = Sequence[tuple[float, ...]]
 PRODUCT_ROOTS = (1, 2, 4)
@@ -62,11 +63,13 @@ def product(A: Tensor, p: int, coefficients: Coefficients) -> tuple[Tensor, Tens
 
 
 def _polynomial(M: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """a*I + b*M [+ c*M²]."""
-    a, b, *rest = coefficients
+    """h(M) of any degree, by `in_squares`."""
+    a, b, *rest = in_squares(coefficients)
     h = b * M
     if rest:
-        h += rest[0] * (M @ M)
+        c, *inner = rest
+        Q = _polynomial(M, (inner[1], inner[0], 1.0)) if inner else M
+        h += c * (Q @ Q)
     return _add_identity(h, a)
 
 

@@ -3,21 +3,35 @@
 All write root (B, n, n), residual (B,) and status (B,) for A (B, n, n); `root` may be `previous`.
 """
 
+import bisect
 import functools
-import itertools
+import math
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from shampoo_kernels.ops import iterations, small
 from shampoo_kernels.ops.common import mirror_lower
-from shampoo_kernels.schedules import minimax_coefficients, reaches
+from shampoo_kernels.schedules import (
+    Step,
+    in_squares,
+    minimax_coefficients,
+    reaches,
+    schedule_error,
+)
 
 PRODUCT_ROOTS = iterations.PRODUCT_ROOTS
 CONVERGED, KEPT_PREVIOUS, FAILED = 0, 2, 3  # inverse_root.RootStatus
 RESIDUAL_LIMIT = 0.05
 _CUSHIONS = (*(i / 50 for i in range(15)), *(i / 20 for i in range(6, 19)))
+# Degrees of steps, the last one of all that follow.
+_SEQUENCES = [
+    (*first, *fours)
+    for first in ((), (2,), (2, 2))
+    for fours in ((4,), *((*[4] * count, last) for count in range(1, 6) for last in (1, 2)))
+]
 
 
 # On a CPU the Newton iteration is worth it up to this n, below and from a floor of 1e-5 on, by the
@@ -76,7 +90,7 @@ def compute(
         dense = root if root.is_contiguous() else root.contiguous()
         native, rest = torch.ops.shampoo_kernels_native, (previous, dense, residual, status)
         if newton:
-            native.inverse_root_newton_(A, int(p), ridge, _native_steps(floor, int(p)), *rest)
+            native.inverse_root_newton_(A, int(p), ridge, native_steps(floor, int(p)), *rest)
         else:
             native.inverse_root_eigh_(A, p, ridge, rank_rtol, *rest)
         if dense is not root:
@@ -114,9 +128,12 @@ def _in_chunks(
 
 
 @functools.lru_cache(maxsize=64)
-def _native_steps(floor: float, p: int) -> Tensor:
-    """(steps, 3) float32 on the CPU, a zero where the degree is 1."""
-    steps = [(*step, 0.0)[:3] for step in schedule("newton", floor, p, torch.float32)]
+def native_steps(floor: float, p: int) -> Tensor:
+    """(steps, 5) float32 on the CPU: NewtonSchedule of kernels.h."""
+    steps = [
+        (*in_squares(step), 0.0, 0.0, 0.0)[:5]
+        for step in schedule("newton", floor, p, torch.float32)
+    ]
     return torch.tensor(steps, dtype=torch.float32, device="cpu")
 
 
@@ -157,39 +174,64 @@ def by_iteration(
 
 @functools.lru_cache(maxsize=256)
 def schedule(
-    method: str, floor: float, p: int, dtype: torch.dtype
-) -> tuple[tuple[float, ...], ...]:
+    method: str, floor: float, p: int, dtype: torch.dtype, highest: int = 4
+) -> tuple[Step, ...]:
     """The minimax steps that take the fewest products in the M-form, and of those the largest
-    cushion; for the M-form one of at least 10^(-3/p), because s = cushion is M = cushion^p, all
+    cushion; for the M-form one of at least 0.002^(1/p), because s = cushion is M = cushion^p, all
     that is left to win a value back from. The product form rounds more where the cushion is large
     (bf16 operands at floor 1e-3: residual 0.055 against 0.048), and a step more than needed can
     make it diverge with p = 4: at most 0.3 for it.
 
+    The M-form takes steps up to degree `highest`. Those of degree 4 cost a product more than
+    those of degree 2 and make e^5 of an error e instead of e^3, in the middle: p = 2 takes 16
+    products at 1e-4 (degree 2 alone: 21), 23 at 1e-6 (25), p = 4 24 at 1e-6 (31). Rounding does
+    what it did, with equal cushions (n = 33 to 128, families of tests/matrices.py); schedules that
+    begin with degree 1 round more.
+
     float32 M-form, floor 1e-6, condition 10: p = 2, n = 128, cushion 0.1: error 1.7e-6, none:
     4.3e-5; p = 4, n = 33, cushion 0.2: 1.6e-6, 0.14: 4.1e-6, none: 1.2e-4; p = 12, n = 24, cushion
     0.7: 3e-7, 0.3: 4e-5. The steps run to rounding, so that the residual, that of the last step's
-    input, is far below its limit.
+    input, is below its limit.
     """
     tolerance = 1e-7 if dtype == torch.float32 else 1e-14
+    held = 0.001 if highest == 2 else 0.002
+    least, most = (min(held ** (1 / p), 0.9), 0.9) if method == "newton" else (0.0, 0.3)
+    cushions = [c for c in _CUSHIONS if least <= c <= most]
+    sequences = [(1,), (2,)]
+    if method == "newton" and highest == 4:
+        sequences += _SEQUENCES
 
-    def cost(choice: tuple[int, float]) -> tuple[int, float]:
-        degree, cushion = choice
-        power = p.bit_length() + p.bit_count() - 2
-        return len(make(*choice)) * (degree + 1 + power) - power - 2, -cushion
+    def make(degrees: Sequence[int], cushion: float) -> tuple[Step, ...]:
+        return minimax_coefficients(floor, p, degrees, tolerance=tolerance, cushion=cushion)
 
-    def make(degree: int, cushion: float) -> tuple[tuple[float, ...], ...]:
-        return minimax_coefficients(floor, p, degree, tolerance=tolerance, cushion=cushion)
+    def cost(degrees: Sequence[int], cushion: float) -> float:
+        steps = make(degrees, cushion)
+        left = (1 + schedule_error(steps[:-1], floor, p)) ** p - 1
+        return _products(steps, p) if left < 0.9 * RESIDUAL_LIMIT else math.inf
 
-    least, most = (10 ** (-3 / p), 0.9) if method == "newton" else (0.0, 0.3)
-    cushions = (c for c in _CUSHIONS if least <= c <= most)
-    return make(*min(itertools.product((1, 2), cushions), key=cost))
+    fewest = min(cost(degrees, cushions[0]) for degrees in sequences)
+
+    def rank(degrees: Sequence[int]) -> tuple[float, float]:
+        """Its largest cushion, and then the smallest coefficients: both round least."""
+        more = bisect.bisect_right(cushions, fewest, key=lambda cushion: cost(degrees, cushion))
+        steps = make(degrees, cushions[more - 1])
+        return cushions[more - 1], -max(sum(map(abs, step)) for step in steps)
+
+    best = max((d for d in sequences if cost(d, cushions[0]) == fewest), key=rank)
+    return make(best, rank(best)[0])
+
+
+def _products(steps: Sequence[Step], p: int) -> int:
+    """Of the M-form: h(M), h^p M and X h in every step; the first has no X, the last no M."""
+    power = p.bit_length() + p.bit_count() - 2
+    return sum((len(step) - 1) // 2 + 2 + power for step in steps) - power - 2
 
 
 @functools.lru_cache(maxsize=256)
 def steps_with_reach(floor: float, p: int, dtype: torch.dtype) -> Tensor:
     """The M-form's schedule as rows (a, b, c, reach), float64 on the CPU: what a kernel takes that
     leaves out the steps which a matrix does not need (csrc/cuda/launchers.h, RootSteps)."""
-    steps = schedule("newton", floor, p, dtype)
+    steps = schedule("newton", floor, p, dtype, 2)
     rows = [(*step, *[0.0] * (3 - len(step))) for step in steps]
     reach = [torch.inf, *reaches(steps, floor, p)[1:]]
     complete = [(*row, r) for row, r in zip(rows, reach, strict=True)]

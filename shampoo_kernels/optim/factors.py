@@ -51,6 +51,7 @@ def refresh_roots_(stack: Stack, due: Sequence[int], moves: Tensor, group: dict)
                 unfit = _misfit(scaled, root, p, group["ridge"]) > group["refresh_tolerance"]
                 part, local = narrowed(stack, part, unfit)
                 scaled = torch.where(per_block(unfit), scaled, 0)[local]
+            root = stack.root[side][part].to(stack.dtype)  # itself, or a copy
             result = inverse_root(
                 scaled,
                 p,
@@ -58,9 +59,11 @@ def refresh_roots_(stack: Stack, due: Sequence[int], moves: Tensor, group: dict)
                 rank_rtol=group["rank_rtol"],
                 method=group["root_method"],
                 precision=group["precision"],
-                previous=stack.root[side][part].to(stack.dtype),
+                previous=root,
+                out=root,
             )
-            stack.root[side][part] = result.root.to(stack.root[side].dtype)
+            if not (isinstance(part, slice) and stack.root[side].dtype == stack.dtype):
+                stack.root[side][part] = root.to(stack.root[side].dtype)
             stack.status[side][part] = result.status
 
 
