@@ -36,6 +36,14 @@ SHAMPOO_INLINE void update_tile(const typename ProductTile<T>::Update& u, const 
   constexpr int kColumns = kUsed * W;
   T* out = u.out + i * u.out_row_stride + j;
   const T* base = u.base + i * u.base_row_stride + j;
+  // What the sums are added to comes from further away than the panels, and not in a row.
+  const T* ahead = u.beta != T{0} ? base : out;
+  const int64_t ahead_stride = u.beta != T{0} ? u.base_row_stride : u.out_row_stride;
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kUsed; ++v) __builtin_prefetch(ahead + r * ahead_stride + v * W, 1);
+  }
   V sum[MR][kUsed] = {};
   for (int64_t step = 0; step < u.steps; ++step, left += kWidth<W, MR>, right += NV * W) {
     V g[kUsed];
