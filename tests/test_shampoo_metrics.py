@@ -44,14 +44,14 @@ def test_a_failed_root_is_counted_and_the_old_one_kept(monkeypatch):
     grads = gradients((6, 6), 2, torch.float32)
     train(optimizer, [(W, grads[:1]), (V, grads[:1])])
     kept = optimizer.state[W]["left_root.0"].clone()
-    real = factors.inverse_root
+    real = factors.compute_
 
-    def spoiled(A, *rest, **options):
+    def spoiled(root, residual, status, A, *rest, **options):
         A = A.clone()
         A[0] = math.nan
-        return real(A, *rest, **options)
+        return real(root, residual, status, A, *rest, **options)
 
-    monkeypatch.setattr(factors, "inverse_root", spoiled)
+    monkeypatch.setattr(factors, "compute_", spoiled)
     train(optimizer, [(W, grads[1:]), (V, grads[1:])])
     found = counts(optimizer)
     assert (found["roots_converged"], found["roots_kept_previous"]) == (2, 2)

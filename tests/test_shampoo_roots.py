@@ -17,12 +17,12 @@ from shampoo_kernels.optim import factors, stacks, turns
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Numbers of blocks in each call of inverse_root."""
+    """Numbers of blocks in each call that computes roots."""
     calls = []
-    real = factors.inverse_root
+    real = factors.compute_
     monkeypatch.setattr(
-        factors, "inverse_root",
-        lambda A, p, **rest: calls.append(len(A)) or real(A, p, **rest),
+        factors, "compute_",
+        lambda root, *rest, **options: calls.append(len(root)) or real(root, *rest, **options),
     )  # fmt: skip
     return calls
 

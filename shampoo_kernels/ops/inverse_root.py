@@ -119,7 +119,7 @@ def inverse_root(
         root = common.unstack(root, A.shape)
     else:
         root = common.stack_view(_OP, "out", out)
-        residual, status = _empty_results(stack)
+        residual, status = empty_results(stack)
         op_ = _implementation_ if straight else torch.ops.shampoo_kernels.inverse_root_
         op_(root, residual, status, stack, p, **arguments)
         root = out
@@ -137,7 +137,7 @@ def _check_options(method: object, precision: object, fallback: object) -> None:
     common.check_option(_OP, "fallback", fallback, FALLBACKS)
 
 
-def _empty_results(A: Tensor) -> tuple[Tensor, Tensor]:
+def empty_results(A: Tensor) -> tuple[Tensor, Tensor]:
     return A.new_empty(A.shape[0]), A.new_empty(A.shape[0], dtype=torch.int8)
 
 
@@ -195,10 +195,11 @@ def _check_iteration(
         )
 
 
-def _compute(
+def compute_(
     root, residual, status, A, p, *, ridge=1e-6, design_floor=None, method="auto",
     precision="highest", rank_rtol=None, previous=None, fallback="previous",
 ) -> None:  # fmt: skip
+    """`inverse_root` of (B, n, n) into `root`, without a check; `root` may be `previous`."""
     floor = _floor(A, ridge, design_floor)
     backend = choose_for(_OP, A)
     retry = fallback == "eigh"
@@ -232,8 +233,8 @@ def _fall_back(
 def _implementation(A, p, **options) -> tuple[Tensor, Tensor, Tensor]:
     _check(A, p, **options)
     root = common.empty_like(A)
-    residual, status = _empty_results(A)
-    _compute(root, residual, status, A, p, **options)
+    residual, status = empty_results(A)
+    compute_(root, residual, status, A, p, **options)
     return root, residual, status
 
 
@@ -244,7 +245,7 @@ def _implementation_(root, residual, status, A, p, **options) -> None:
     check_apart(_OP, "out", root, A=A, residual=residual, status=status)
     check_apart(_OP, "residual", residual, A=A, previous=previous, status=status)
     check_apart(_OP, "status", status, A=A, previous=previous)
-    _compute(root, residual, status, A, p, **options)
+    compute_(root, residual, status, A, p, **options)
 
 
 def _check_out(root, residual, status, A, p, **options) -> None:
@@ -261,7 +262,7 @@ def _check_out(root, residual, status, A, p, **options) -> None:
 
 def _fake(A, p, **options) -> tuple[Tensor, Tensor, Tensor]:
     _check(A, p, **options)
-    return common.empty_like(A), *_empty_results(A)
+    return common.empty_like(A), *empty_results(A)
 
 
 _OPTIONS = (

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shampoo_kernels.chooser import choose
 from shampoo_kernels.ops.eigenvalue_bound import eigenvalue_bound
-from shampoo_kernels.ops.inverse_root import inverse_root
+from shampoo_kernels.ops.inverse_root import compute_, empty_results
 from shampoo_kernels.ops.moments import bias
 from shampoo_kernels.ops.norms import matrix_norms, per_block
 from shampoo_kernels.ops.precondition import precondition
@@ -42,9 +42,8 @@ def refresh_roots_(stack: Stack, due: Sequence[int], moves: Tensor, group: dict)
         p = group["p"][0 if side == LEFT else 1]
         for part in _root_parts(stack, side, due, group):
             statistic = stack.statistic[side][part]
-            scale = _scale(stack, side, part, statistic, group)
-            # an all-zero matrix keeps its previous root
-            scale = torch.where((moves[part] > 0) & scale.isfinite(), scale, 0)
+            # an all-zero matrix, which scales by Inf, keeps its previous root
+            scale = _scale(stack, side, part, statistic, group).nan_to_num(0, 0) * moves[part]
             scaled = statistic * per_block(scale)
             if group["refresh_tolerance"] is not None:
                 root = stack.root[side][part].to(stack.dtype)
@@ -52,19 +51,22 @@ def refresh_roots_(stack: Stack, due: Sequence[int], moves: Tensor, group: dict)
                 part, local = narrowed(stack, part, unfit)
                 scaled = torch.where(per_block(unfit), scaled, 0)[local]
             root = stack.root[side][part].to(stack.dtype)  # itself, or a copy
-            result = inverse_root(
+            residual, status = empty_results(root)
+            compute_(
+                root,
+                residual,
+                status,
                 scaled,
-                p,
+                float(p),
                 ridge=group["ridge"],
                 rank_rtol=group["rank_rtol"],
                 method=group["root_method"],
                 precision=group["precision"],
                 previous=root,
-                out=root,
             )
             if not (isinstance(part, slice) and stack.root[side].dtype == stack.dtype):
                 stack.root[side][part] = root.to(stack.root[side].dtype)
-            stack.status[side][part] = result.status
+            stack.status[side][part] = status
 
 
 def _scale(stack: Stack, side: str, part: slice | Tensor, statistic: Tensor, group: dict) -> Tensor:
