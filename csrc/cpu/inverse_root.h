@@ -12,7 +12,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "eigenvalue_bound.h"
@@ -30,38 +32,61 @@ bool all_finite(const T* a, int64_t n, int64_t row_stride, int64_t column_stride
   return finite;
 }
 
+// The largest |x|; NaN if there is one, else Inf if there is one. In integers, all pairs of which are
+// ordered, so that it runs in vectors.
+template <class T>
+T largest_magnitude(const T* x, int64_t count) {
+  using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  Bits largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Bits bits;
+    std::memcpy(&bits, x + i, sizeof(T));
+    largest = std::max<Bits>(largest, bits & std::numeric_limits<Bits>::max());
+  }
+  T result;
+  std::memcpy(&result, &largest, sizeof(T));
+  return result;
+}
+
 // The lower triangle of 2^-exponent A, and its bound (NaN or Inf where A is not finite).
 template <class T>
 struct ScaledBlock {
   int exponent = 0;
   double bound = 0;
 
-  // Element (i, j), j <= i, goes to lower[i row_stride + j column_stride]; workspace: 3 n doubles.
-  ScaledBlock(const SymmetricStack<T>& stack, int64_t b, T* lower, int64_t row_stride,
-              int64_t column_stride, double* workspace) {
+  // Element (i, j), j <= i, goes to lower[i n + j], or where `by_columns` to lower[i + j n];
+  // workspace: 3 n doubles.
+  ScaledBlock(const SymmetricStack<T>& stack, int64_t b, T* lower, bool by_columns,
+              double* workspace) {
     const int64_t n = stack.n;
+    const int64_t row_stride = by_columns ? 1 : n, column_stride = by_columns ? n : 1;
     const T* a = stack.data + b * stack.block_stride;
-    T largest = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        // A NaN passes by: the bound will report it.
-        largest = std::max(largest, std::abs(a[i * stack.row_stride + j * stack.column_stride]));
-      }
-    }
-    if (std::isfinite(largest)) std::frexp(largest, &exponent);
-    exponent = std::clamp(exponent, -1000, 1000);
-    const double factor = std::ldexp(1.0, -exponent);
-    // In squares, because one side is read or written against the grain.
+    // In squares, because one side may be read or written against the grain.
     constexpr int64_t kSquare = 32;
     for (int64_t i0 = 0; i0 < n; i0 += kSquare) {
       for (int64_t j0 = 0; j0 <= i0; j0 += kSquare) {
         for (int64_t i = i0; i < std::min(i0 + kSquare, n); ++i) {
           for (int64_t j = j0; j < std::min(j0 + kSquare, i + 1); ++j) {
-            const T x = a[i * stack.row_stride + j * stack.column_stride];
-            lower[i * row_stride + j * column_stride] = T(double(x) * factor);
+            lower[i * row_stride + j * column_stride] =
+                a[i * stack.row_stride + j * stack.column_stride];
           }
         }
       }
+    }
+    // Elements that lie in a row: row k of the triangle, or its column k.
+    auto begin = [&](int64_t k) { return lower + k * n + (by_columns ? k : 0); };
+    auto count = [&](int64_t k) { return by_columns ? n - k : k + 1; };
+    T largest = 0;
+    for (int64_t k = 0; k < n; ++k) {
+      const T x = largest_magnitude(begin(k), count(k));
+      if (!(x <= largest)) largest = x;
+    }
+    if (std::isfinite(largest)) std::frexp(largest, &exponent);  // else the bound will tell
+    exponent = std::clamp(exponent, -1000, 1000);
+    const double factor = std::ldexp(1.0, -exponent);
+    for (int64_t k = 0; k < n; ++k) {
+      T* x = begin(k);
+      for (int64_t i = 0; i < count(k); ++i) x[i] = T(double(x[i]) * factor);
     }
     bound = bound_block(lower, n, row_stride, column_stride, workspace);
   }
@@ -92,12 +117,15 @@ RootStatus fall_back(const InverseRoot<T>& problem, const ScaledBlock<T>& scaled
   return RootStatus::kFailed;
 }
 
-// A root that has neither overflowed nor vanished.
+// A root, symmetric, that has neither overflowed nor vanished.
 template <class T>
 bool is_number(const T* root, int64_t n) {
-  bool nonzero = n == 0;
-  for (int64_t i = 0; i < n; ++i) nonzero |= root[i * n + i] != T{0};
-  return nonzero && all_finite(root, n, n, int64_t{1});
+  bool nonzero = n == 0, finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    nonzero |= root[i * n + i] != T{0};
+    finite &= std::isfinite(largest_magnitude(root + i * n, i + 1));
+  }
+  return nonzero && finite;
 }
 
 // root[b], residual[b] and status[b] of a block: `root` where it is one, else what is left for it.

@@ -30,18 +30,16 @@ struct Workspace {
   }
 };
 
-// max |M - I|; infinity where M is not finite.
+// max |M - I| of a symmetric M; infinity where it is not finite.
 double distance_to_identity(const float* M, int64_t n) {
   float largest = 0;
-  bool finite = true;
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      const float distance = std::abs(M[i * n + j] - (i == j ? 1.0f : 0.0f));
-      finite &= std::isfinite(distance);
-      largest = std::max(largest, distance);
+    for (float x : {largest_magnitude(M + i * n, i), std::abs(M[i * n + i] - 1)}) {
+      if (!std::isfinite(x)) return std::numeric_limits<double>::infinity();
+      largest = std::max(largest, x);
     }
   }
-  return finite ? double(largest) : std::numeric_limits<double>::infinity();
+  return double(largest);
 }
 
 // The iteration on one block; `multiply` computes out <- a I + b base + c left right.
@@ -52,7 +50,7 @@ void newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule, i
   Workspace work(n);
   float *M = work.matrices[0], *X = work.matrices[1], *h = work.matrices[2];
   float* spare = work.matrices[3];
-  const ScaledBlock<float> scaled(problem.A, b, spare, n, 1, work.bound);
+  const ScaledBlock<float> scaled(problem.A, b, spare, false, work.bound);
   if (!scaled.has_scale()) {
     const double residual = n == 0 ? 0 : std::numeric_limits<double>::infinity();
     return write_root(problem, scaled, b, X, n == 0, residual);
