@@ -42,7 +42,7 @@ double distance_to_identity(const float* M, int64_t n) {
   return double(largest);
 }
 
-// The iteration on one block; `multiply` computes out <- a I + b base + c left right.
+// The iteration on one block; multiply(block) computes a product of symmetric matrices.
 template <class Multiply>
 void newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule, int64_t b,
             const Multiply& multiply) {
@@ -56,20 +56,23 @@ void newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule, i
     return write_root(problem, scaled, b, X, n == 0, residual);
   }
   const double scale = (1 + problem.ridge) * scaled.bound;
-  multiply(M, nullptr, nullptr, spare, float(problem.ridge / (1 + problem.ridge)), float(1 / scale),
-           0.0f);
+  // out <- a I + b base + c left right
+  auto combine = [&](float* out, const float* left, const float* right, const float* base, float a,
+                     float b, float c) { multiply({out, base, left, right, b, c, a}); };
+  combine(M, nullptr, nullptr, spare, float(problem.ridge / (1 + problem.ridge)), float(1 / scale),
+          0.0f);
 
   auto polynomial = [&](float* out, int64_t step, float factor) {
     const NewtonSchedule::Step& s = schedule.steps[step];
     const float* Q = M;
     if (s.s != 0) {
-      multiply(spare, M, M, M, s.t, s.s, 1.0f);
+      combine(spare, M, M, M, s.t, s.s, 1.0f);
       Q = spare;
     }
-    multiply(out, Q, Q, M, factor * s.a, factor * s.b, factor * s.c);
+    combine(out, Q, Q, M, factor * s.a, factor * s.b, factor * s.c);
   };
   auto product = [&](float*& to, const float* left, const float* right, float factor) {
-    multiply(spare, left, right, spare, 0.0f, 0.0f, factor);
+    combine(spare, left, right, spare, 0.0f, 0.0f, factor);
     std::swap(to, spare);
   };
   // What M_0 was divided by, taken back in the last product.
@@ -98,24 +101,26 @@ void newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule, i
 void inverse_root_newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule,
                          const Parallel& parallel) {
   const int64_t n = problem.A.n;
-  // Columns of the right operand are rows, because it is symmetric.
-  const Operand left = {nullptr, DType::kFloat32, 0, 0, n, 1};
-  const Operand right = {nullptr, DType::kFloat32, 0, 0, 1, n};
-  const ProductShape symmetric = {n, n, 1, n, true, false, n, n};
-  const ProductPlan<float> plan(current_product_isa(), symmetric, left, right);
-  const int64_t whole = plan.whole_blocks(problem.A.blocks, parallel);
+  // Rows are columns, because all are symmetric.
+  const Operand matrix = {nullptr, DType::kFloat32, 0, 0, 1, n};
+  ProductShape shape = {n, n, 1, n, true, false, n, n};
+  const ProductPlan<float> product(current_product_isa(), shape, matrix, matrix);
+  shape.one_operand = true;
+  const ProductPlan<float> square(current_product_isa(), shape, matrix, matrix);
+  auto plan = [&](const ProductBlock<float>& block) -> const ProductPlan<float>& {
+    return block.left == block.right ? square : product;
+  };
+  const int64_t whole = product.whole_blocks(problem.A.blocks, parallel);
   for_each(parallel, whole, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       newton(problem, schedule, b,
-             [&](float* out, const float* left, const float* right, const float* base, float a,
-                 float b, float c) { plan.run({out, base, left, right, b, c, a}); });
+             [&](const ProductBlock<float>& block) { plan(block).run(block); });
     }
   });
   for (int64_t b = whole; b < problem.A.blocks; ++b) {
-    newton(
-        problem, schedule, b,
-        [&](float* out, const float* left, const float* right, const float* base, float a, float b,
-            float c) { plan.run_parallel({out, base, left, right, b, c, a}, parallel); });
+    newton(problem, schedule, b, [&](const ProductBlock<float>& block) {
+      plan(block).run_parallel(block, parallel);
+    });
   }
 }
 

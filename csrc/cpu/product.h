@@ -59,7 +59,6 @@ class ProductPlan {
               int64_t j1, const T* panels) const;
 
   const ProductTile<T>& tile_;
-  bool one_panel_;  // packed once for both operands
   ProductShape shape_;
   Operand left_, right_;
   int64_t slabs_each_ = 1, depth_each_ = 1, parts_ = 1;  // of a chunk; parts of one slab

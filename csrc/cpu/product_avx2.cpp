@@ -6,7 +6,7 @@
 namespace shampoo {
 
 constinit const ProductIsa product_avx2 = {
-    "avx2", number_tile<float, 8, 6, 2>(256, 144),  number_tile<float, 8, 8, 1>(256, 8),
+    "avx2", number_tile<float, 8, 4, 3>(256, 144),  number_tile<float, 8, 8, 1>(256, 8),
     {},     number_tile<double, 4, 4, 3>(256, 144),
 };
 

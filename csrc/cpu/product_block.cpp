@@ -19,7 +19,7 @@ const ProductTile<T>& choose_tile(const ProductIsa& isa, const ProductShape& sha
   if constexpr (sizeof(T) == 8) {
     return isa.f64;
   } else {
-    if (shape.symmetric && shape.rows <= isa.f32_small.right_rows) return isa.f32_small;
+    if (shape.symmetric && shape.rows <= isa.f32_small.panel_rows) return isa.f32_small;
     const bool bf16 = left.dtype == DType::kBFloat16 && right.dtype == DType::kBFloat16;
     return bf16 && runs_bf16_pairs(isa) ? isa.bf16_pairs : isa.f32;
   }
@@ -51,7 +51,6 @@ template <class T>
 ProductPlan<T>::ProductPlan(const ProductIsa& isa, const ProductShape& shape, const Operand& left,
                             const Operand& right)
     : tile_(choose_tile<T>(isa, shape, left, right)),
-      one_panel_(shape.one_operand && tile_.left_rows == tile_.right_rows),
       shape_(shape),
       left_(left),
       right_(right) {
@@ -69,9 +68,8 @@ ProductPlan<T>::ProductPlan(const ProductIsa& isa, const ProductShape& shape, co
     chunks_ = (slabs + slabs_each_ - 1) / slabs_each_ * parts_;
   }
   const int64_t steps = chunk_steps(slabs_each_, depth_each_, tile_.per_step);
-  left_size_ = round_up(shape.rows, tile_.left_rows) / tile_.left_rows * tile_.left_width * steps;
-  left_size_ = one_panel_ ? 0 : round_up(left_size_, 16);
-  panels_size_ = round_up(left_size_ + round_up(shape.columns, tile_.right_rows) * steps, 16);
+  left_size_ = shape.one_operand ? 0 : round_up(round_up(shape.rows, tile_.panel_rows) * steps, 16);
+  panels_size_ = round_up(left_size_ + round_up(shape.columns, tile_.panel_rows) * steps, 16);
   const double depth = double(slabs) * double(k) / (shape.symmetric ? 2 : 1);
   work_ = double(shape.rows) * double(shape.columns) * (depth + 4);
 }
@@ -148,13 +146,13 @@ void ProductPlan<T>::run(const ProductBlock<T>& block) const {
   T* panels = static_cast<T*>(scratch.reserve(panels_size_ * sizeof(T)));
   const int64_t rows = shape_.rows, columns = shape_.columns;
   for (int64_t c = 0; c < chunks_; ++c) {
-    if (!one_panel_) {
-      tile_.pack_left[int(left_.dtype)](chunk(left_, block.left, c), rows, 0, rows, panels);
+    if (!shape_.one_operand) {
+      tile_.pack[int(left_.dtype)](chunk(left_, block.left, c), rows, 0, rows, panels);
     }
-    tile_.pack_right[int(right_.dtype)](chunk(right_, block.right, c), columns, 0, columns,
+    tile_.pack[int(right_.dtype)](chunk(right_, block.right, c), columns, 0, columns,
                                         panels + left_size_);
-    for (int64_t i = 0; i < rows; i += tile_.left_block) {
-      update(block, c, i, std::min(i + tile_.left_block, rows), 0, columns, panels);
+    for (int64_t i = 0; i < rows; i += tile_.block) {
+      update(block, c, i, std::min(i + tile_.block, rows), 0, columns, panels);
     }
   }
   scratch.trim();
@@ -167,7 +165,7 @@ void ProductPlan<T>::run_parallel(const ProductBlock<T>& block, const Parallel& 
       std::clamp<int64_t>(kWindow / (panels_size_ * int64_t{sizeof(T)} + 1), 1, chunks_);
   Scratch& scratch = thread_scratch();
   T* panels = static_cast<T*>(scratch.reserve(window * panels_size_ * sizeof(T)));
-  const int64_t rows = shape_.rows, columns = shape_.columns, size = tile_.left_block;
+  const int64_t rows = shape_.rows, columns = shape_.columns, size = tile_.block;
   const Pieces pieces{size, (rows + size - 1) / size, (columns + size - 1) / size,
                       shape_.symmetric};
   const int64_t packs = pieces.rows + pieces.columns;
@@ -178,12 +176,12 @@ void ProductPlan<T>::run_parallel(const ProductBlock<T>& block, const Parallel& 
         const int64_t c = t / packs, piece = t % packs;
         T* to = panels + c * panels_size_;
         if (piece < pieces.rows) {
-          if (one_panel_) continue;
-          tile_.pack_left[int(left_.dtype)](chunk(left_, block.left, first + c), rows, piece * size,
+          if (shape_.one_operand) continue;
+          tile_.pack[int(left_.dtype)](chunk(left_, block.left, first + c), rows, piece * size,
                                             std::min((piece + 1) * size, rows), to);
         } else {
           const int64_t j = (piece - pieces.rows) * size;
-          tile_.pack_right[int(right_.dtype)](chunk(right_, block.right, first + c), columns, j,
+          tile_.pack[int(right_.dtype)](chunk(right_, block.right, first + c), columns, j,
                                               std::min(j + size, columns), to + left_size_);
         }
       }

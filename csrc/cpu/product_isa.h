@@ -14,24 +14,22 @@ struct ProductChunk {
   int64_t slabs, depth;
 };
 
-// Packed rows of a chunk: panels of left_rows or right_rows rows, each a sequence of steps of one
-// value per row (and padding up to left_width). T is the type of the sums; a value holds one
-// number, or two bf16 numbers of consecutive k.
+// Packed rows of a chunk: panels of panel_rows rows, each a sequence of steps of one value per row. T
+// is the type of the sums; a value holds one number, or two bf16 numbers of consecutive k. Left and
+// right have the same panels, of which a register tile takes all columns of a right one and some rows
+// of a left one, so that a matrix which is both is packed once.
 template <class T>
 struct ProductTile {
-  int left_rows, right_rows;  // the register tile: left_rows x right_rows sums
-  int left_width;             // values in a step of left: whole vectors, so that stores are aligned
-  int per_step;               // values of k in one step: 1, or 2 for bf16 pairs
-  int depth;                  // k of a chunk: a panel of right_rows stays in the L1 cache
-  // Rows of left that stay in the L2 cache; a multiple of left_rows and of right_rows, so that the
-  // pieces of a parallel update are aligned to the vectors of the mirror.
-  int left_block;
+  int panel_rows;
+  int per_step;  // values of k in one step: 1, or 2 for bf16 pairs
+  int depth;     // k of a chunk: a panel stays in the L1 cache
+  int block;     // rows of left that stay in the L2 cache; a multiple of panel_rows
 
   // Packs rows [begin, end) of the chunk's n rows; begin is a multiple of the panel's rows, rows
   // from n on are anything. Indexed by DType; null: not taken.
   using Pack = void (*)(const ProductChunk& chunk, int64_t n, int64_t begin, int64_t end,
                         T* panels);
-  Pack pack_left[4], pack_right[4];
+  Pack pack[4];
 
   // out[i, j] <- beta base[i, j] + alpha (left right^T)[i, j] in rows [i0, i1) and columns
   // [j0, j1), which begin at tile boundaries. beta == 0 does not read base, which may be out.
@@ -56,8 +54,7 @@ struct ProductTile {
 struct ProductIsa {
   const char* name;
   ProductTile<float> f32;
-  // One vector of columns and as many rows, so that X X^T has one panel for both operands.
-  ProductTile<float> f32_small;
+  ProductTile<float> f32_small;  // one vector of columns, for symmetric matrices with no more
   ProductTile<float> bf16_pairs;  // update_full is null where the set has none
   ProductTile<double> f64;
 };

@@ -48,9 +48,7 @@ struct Bf16Pairs {
   }
 };
 
-// A panel: R rows in steps of kWidth values.
-template <int W, int R>
-constexpr int kWidth = (R + W - 1) / W * W;
+// A panel: steps of R values, one for each row, R a multiple of W.
 
 // Steps [begin, end), one value at a time; rows beyond `rows` become 0.
 template <class T, int W, int R, class Reader>
@@ -59,8 +57,8 @@ void pack_values(const typename Reader::Source* source, const ProductChunk& chun
   for (int64_t step = begin; step < end; ++step) {
     const int64_t k = step * Reader::kPerStep;
     const auto* x = source + k * chunk.k_stride;
-    T* to = panel + step * kWidth<W, R>;
-    for (int r = 0; r < kWidth<W, R>; r += W) store(to + r, Vector<T, W>{});
+    T* to = panel + step * R;
+    for (int r = 0; r < R; r += W) store(to + r, Vector<T, W>{});
     for (int64_t r = 0; r < rows; ++r, x += chunk.row_stride) {
       to[r] = Reader::one(x, chunk.k_stride, chunk.depth - k);
     }
@@ -78,32 +76,32 @@ int64_t pack_along_k(const typename Reader::Source* source, const ProductChunk& 
 #pragma GCC unroll 16
       for (int r = 0; r < W; ++r) {
         v[r] = Vector<T, W>{};
-        if (group + r < R && (kFull || group + r < rows)) {
+        if (kFull || group + r < rows) {
           v[r] =
               Reader::along_k(source + (group + r) * chunk.row_stride + begin * Reader::kPerStep);
         }
       }
       transpose<T, W>(v);
 #pragma GCC unroll 16
-      for (int s = 0; s < W; ++s) store(panel + (begin + s) * kWidth<W, R> + group, v[s]);
+      for (int s = 0; s < W; ++s) store(panel + (begin + s) * R + group, v[s]);
     }
   }
   return begin;
 }
 
-// n is contiguous: a copy by whole vectors. Where there are fewer than kWidth rows they also read
+// n is contiguous: a copy by whole vectors. Where there are fewer than R rows they also read
 // what follows in memory, but never beyond the last element of the chunk; whatever comes into the
 // lanes of rows that do not exist, no sum of them is stored. Returns where it stopped.
 template <class T, int W, int R, class Reader>
 int64_t pack_along_n(const typename Reader::Source* source, const ProductChunk& chunk, int64_t rows,
                      int64_t begin, int64_t end, T* panel) {
-  const int64_t beyond = rows < kWidth<W, R> ? kWidth<W, R> - rows : 0;
+  const int64_t beyond = rows < R ? R - rows : 0;
   for (; (begin + 1) * Reader::kPerStep <= chunk.depth && begin < end; ++begin) {
     if (beyond > (chunk.depth - (begin + 1) * Reader::kPerStep) * chunk.k_stride) break;
     const auto* x = source + begin * Reader::kPerStep * chunk.k_stride;
 #pragma GCC unroll 2
     for (int group = 0; group < R; group += W) {
-      store(panel + begin * kWidth<W, R> + group, Reader::along_n(x + group, chunk.k_stride));
+      store(panel + begin * R + group, Reader::along_n(x + group, chunk.k_stride));
     }
   }
   return begin;
@@ -114,7 +112,7 @@ int64_t pack_along_n(const typename Reader::Source* source, const ProductChunk& 
 template <class T, int W, int R, class Reader>
 void pack(const ProductChunk& chunk, int64_t n, int64_t row_begin, int64_t row_end, T* panels) {
   const int64_t slab_steps = chunk_steps(1, chunk.depth, Reader::kPerStep);
-  const int64_t panel_size = chunk.slabs * slab_steps * kWidth<W, R>;
+  const int64_t panel_size = chunk.slabs * slab_steps * R;
   const int64_t run = chunk.k_stride == 1 ? slab_steps : 64;
   for (int64_t slab = 0; slab < chunk.slabs; ++slab) {
     const auto* slab_source =
@@ -124,7 +122,7 @@ void pack(const ProductChunk& chunk, int64_t n, int64_t row_begin, int64_t row_e
       for (int64_t row = row_begin; row < row_end; row += R) {
         const int64_t rows = n - row < R ? n - row : R;
         const auto* source = slab_source + row * chunk.row_stride;
-        T* panel = panels + row / R * panel_size + slab * slab_steps * kWidth<W, R>;
+        T* panel = panels + row / R * panel_size + slab * slab_steps * R;
         int64_t done = begin;
         if (chunk.k_stride == 1) {
           done = rows == R

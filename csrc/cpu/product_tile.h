@@ -26,7 +26,7 @@ struct PairMultiplyAdd {
   }
 };
 
-// One tile of the product, MR rows by kUsed of the NV vectors of a right panel, in registers and
+// One tile of the product, MR rows by kUsed of the NV vectors of a panel, in registers and
 // then into out: the whole tile, or (kEdge) what lies inside the matrix and, if kLower, on or below
 // the diagonal.
 template <class Op, class T, int W, int MR, int NV, int kUsed, bool kEdge, bool kLower>
@@ -45,7 +45,7 @@ SHAMPOO_INLINE void update_tile(const typename ProductTile<T>::Update& u, const 
     for (int v = 0; v < kUsed; ++v) __builtin_prefetch(ahead + r * ahead_stride + v * W, 1);
   }
   V sum[MR][kUsed] = {};
-  for (int64_t step = 0; step < u.steps; ++step, left += kWidth<W, MR>, right += NV * W) {
+  for (int64_t step = 0; step < u.steps; ++step, left += NV * W, right += NV * W) {
     V g[kUsed];
 #pragma GCC unroll 4
     for (int v = 0; v < kUsed; ++v) g[v] = load<V>(right + v * W);
@@ -88,28 +88,36 @@ SHAMPOO_INLINE void update_tile(const typename ProductTile<T>::Update& u, const 
   }
 }
 
+// A tile at the edge, with as many vectors of columns as hold something.
+template <class Op, class T, int W, int MR, int NV, bool kLower, int kUsed = 1>
+SHAMPOO_INLINE void update_edge(const typename ProductTile<T>::Update& u, const T* left,
+                                const T* right, int64_t i, int64_t j) {
+  if constexpr (kUsed < NV) {
+    if (u.columns > j + kUsed * W && !(kLower && i + MR <= j + kUsed * W)) {
+      return update_edge<Op, T, W, MR, NV, kLower, kUsed + 1>(u, left, right, i, j);
+    }
+  }
+  update_tile<Op, T, W, MR, NV, kUsed, true, kLower>(u, left, right, i, j);
+}
+
 // ProductTile::update_full and update_lower. The panel of right stays in the L1 cache while the
 // panels of left pass by.
 template <class Op, class T, int W, int MR, int NV, bool kLower>
 void update(const typename ProductTile<T>::Update& u, int64_t i0, int64_t i1, int64_t j0,
             int64_t j1) {
   constexpr int NR = NV * W;
-  const int64_t left_size = u.steps * kWidth<W, MR>, right_size = u.steps * NR;
+  const int64_t size = u.steps * NR;  // of a panel
   for (int64_t j = j0; j < j1 && (!kLower || j < i1); j += NR) {
-    const T* right = u.right + j / NR * right_size;
+    const T* right = u.right + j / NR * size;
     // The first tile that holds something of column j.
     const int64_t first = kLower ? j / MR * MR : 0;
     for (int64_t i = i0 > first ? i0 : first; i < i1; i += MR) {
-      const T* left = u.left + i / MR * left_size;
+      const T* left = u.left + i / NR * size + i % NR;
       const bool inside = i + MR <= u.rows && (kLower ? i >= j + NR - 1 : j + NR <= u.columns);
-      // One vector of columns is left.
-      const bool narrow = u.columns <= j + W || (kLower && i + MR <= j + W);
       if (inside) {
         update_tile<Op, T, W, MR, NV, NV, false, false>(u, left, right, i, j);
-      } else if (NV > 1 && narrow) {
-        update_tile<Op, T, W, MR, NV, 1, true, kLower>(u, left, right, i, j);
       } else {
-        update_tile<Op, T, W, MR, NV, NV, true, kLower>(u, left, right, i, j);
+        update_edge<Op, T, W, MR, NV, kLower>(u, left, right, i, j);
       }
     }
   }
@@ -155,13 +163,12 @@ void mirror(T* out, int64_t row_stride, int64_t i0, int64_t i1, int64_t j0, int6
 }
 
 template <class Op, class T, int W, int MR, int NV>
-constexpr ProductTile<T> make_tile(int depth, int left_block) {
+constexpr ProductTile<T> make_tile(int depth, int block) {
+  static_assert(NV * W % MR == 0);
   ProductTile<T> t = {};
-  t.left_rows = MR;
-  t.right_rows = NV * W;
-  t.left_width = kWidth<W, MR>;
+  t.panel_rows = NV * W;
   t.depth = depth;
-  t.left_block = left_block;
+  t.block = block;
   t.update_full = update<Op, T, W, MR, NV, false>;
   t.update_lower = update<Op, T, W, MR, NV, true>;
   t.mirror = mirror<T, W>;
@@ -170,30 +177,25 @@ constexpr ProductTile<T> make_tile(int depth, int left_block) {
 
 // The tile whose operands are numbers of any dtype.
 template <class T, int W, int MR, int NV>
-constexpr ProductTile<T> number_tile(int depth, int left_block) {
-  ProductTile<T> t = make_tile<MultiplyAdd, T, W, MR, NV>(depth, left_block);
+constexpr ProductTile<T> number_tile(int depth, int block) {
+  ProductTile<T> t = make_tile<MultiplyAdd, T, W, MR, NV>(depth, block);
   t.per_step = 1;
   if constexpr (sizeof(T) == 8) {
-    t.pack_left[int(DType::kFloat64)] = pack<T, W, MR, Numbers<T, W, double>>;
-    t.pack_right[int(DType::kFloat64)] = pack<T, W, NV * W, Numbers<T, W, double>>;
+    t.pack[int(DType::kFloat64)] = pack<T, W, NV * W, Numbers<T, W, double>>;
   } else {
-    t.pack_left[int(DType::kFloat32)] = pack<T, W, MR, Numbers<T, W, float>>;
-    t.pack_right[int(DType::kFloat32)] = pack<T, W, NV * W, Numbers<T, W, float>>;
-    t.pack_left[int(DType::kBFloat16)] = pack<T, W, MR, Numbers<T, W, BFloat16>>;
-    t.pack_right[int(DType::kBFloat16)] = pack<T, W, NV * W, Numbers<T, W, BFloat16>>;
-    t.pack_left[int(DType::kFloat16)] = pack<T, W, MR, Numbers<T, W, Float16>>;
-    t.pack_right[int(DType::kFloat16)] = pack<T, W, NV * W, Numbers<T, W, Float16>>;
+    t.pack[int(DType::kFloat32)] = pack<T, W, NV * W, Numbers<T, W, float>>;
+    t.pack[int(DType::kBFloat16)] = pack<T, W, NV * W, Numbers<T, W, BFloat16>>;
+    t.pack[int(DType::kFloat16)] = pack<T, W, NV * W, Numbers<T, W, Float16>>;
   }
   return t;
 }
 
 // The tile whose operands are bf16, two k at a time.
 template <class Op, int W, int MR, int NV>
-constexpr ProductTile<float> bf16_pair_tile(int depth, int left_block) {
-  ProductTile<float> t = make_tile<Op, float, W, MR, NV>(depth, left_block);
+constexpr ProductTile<float> bf16_pair_tile(int depth, int block) {
+  ProductTile<float> t = make_tile<Op, float, W, MR, NV>(depth, block);
   t.per_step = 2;
-  t.pack_left[int(DType::kBFloat16)] = pack<float, W, MR, Bf16Pairs<W>>;
-  t.pack_right[int(DType::kBFloat16)] = pack<float, W, NV * W, Bf16Pairs<W>>;
+  t.pack[int(DType::kBFloat16)] = pack<float, W, NV * W, Bf16Pairs<W>>;
   return t;
 }
 
