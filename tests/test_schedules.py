@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_kernels import minimax_coefficients
+from shampoo_kernels.ops import iterations, roots
 from shampoo_kernels.schedules import DEGREES, in_squares, schedule_error
 
 # (p, degree, floor): (steps, eps of those steps, coefficients as printed), from a Remez exchange on
@@ -126,6 +128,41 @@ def test_in_squares_is_the_same_polynomial(degree):
             Q = t + s * M + M * M if s else M
             expected = sum(coefficient * M**i for i, coefficient in enumerate(step))
             assert a + b * M + c * Q * Q == pytest.approx(expected, rel=1e-11, abs=1e-11)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 7, 12])
+@pytest.mark.parametrize("floor", [1e-2, 2e-4, 1e-6])
+def test_the_schedule_counts_what_the_m_form_multiplies(p, floor):
+    steps = roots.schedule("newton", floor, p, torch.float32)
+    A = torch.eye(3, dtype=torch.float64).expand(2, 3, 3) * 0.3
+    with Products() as products:
+        X, residual = iterations.newton(A, p, steps)
+    assert products.count == roots.products(steps, p)
+    assert residual.max() < roots.RESIDUAL_LIMIT
+    assert (X.diagonal(dim1=-2, dim2=-1) - 0.3 ** (-1 / p)).abs().max() < 3e-7 * 0.3 ** (-1 / p)
+
+
+@pytest.mark.parametrize(
+    ("p", "floor", "most", "by_degree_2"),
+    [(2, 3e-4, 15, 17), (2, 2e-4, 16, 17), (2, 1e-4, 16, 21), (2, 1e-6, 23, 25), (4, 2e-4, 18, 21),
+     (4, 1e-6, 24, 31)],
+)  # fmt: skip
+def test_steps_of_degree_4_save_products(p, floor, most, by_degree_2):
+    counts = [
+        roots.products(roots.schedule("newton", floor, p, torch.float32, highest), p)
+        for highest in (4, 2)
+    ]
+    assert counts == [most, by_degree_2]
 
 
 def test_a_higher_degree_needs_no_more_steps():

@@ -207,7 +207,7 @@ def schedule(
     def cost(degrees: Sequence[int], cushion: float) -> float:
         steps = make(degrees, cushion)
         left = (1 + schedule_error(steps[:-1], floor, p)) ** p - 1
-        return _products(steps, p) if left < 0.9 * RESIDUAL_LIMIT else math.inf
+        return products(steps, p) if left < 0.9 * RESIDUAL_LIMIT else math.inf
 
     fewest = min(cost(degrees, cushions[0]) for degrees in sequences)
 
@@ -221,7 +221,7 @@ def schedule(
     return make(best, rank(best)[0])
 
 
-def _products(steps: Sequence[Step], p: int) -> int:
+def products(steps: Sequence[Step], p: int) -> int:
     """Of the M-form: h(M), h^p M and X h in every step; the first has no X, the last no M."""
     power = p.bit_length() + p.bit_count() - 2
     return sum((len(step) - 1) // 2 + 2 + power for step in steps) - power - 2
