@@ -119,6 +119,4 @@ def useful(batch, n, p, ridge):
     if roots.auto_method("cpu", native.isa(), n, float(p), "highest", ridge, floor) != "newton":
         return None
     steps = roots.schedule("newton", floor, p, torch.float32)
-    power = p.bit_length() + p.bit_count() - 2
-    products = len(steps) * (len(steps[0]) + power) - power - 2
-    return batch * products * n * n * (n + 1)
+    return batch * roots.products(steps, p) * n * n * (n + 1)
