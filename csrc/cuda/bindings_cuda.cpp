@@ -59,9 +59,9 @@ Tensor power_iteration(Tensor A, int64_t steps, int64_t vectors) {
   const shampoo::OnDevice here(A);
   Tensor estimate = torch::stable::new_empty(A, {A.size(0)});
   shampoo::by_dtype(A, [&]<class T>(T) {
-    shampoo::check_launch(op, shampoo::power_iteration_cuda<T>(
-                                  shampoo::symmetric_stack<T>(A), int(steps), int(vectors),
-                                  estimate.mutable_data_ptr<T>(), here.stream));
+    shampoo::check_launch(
+        op, shampoo::power_iteration_cuda<T>(shampoo::symmetric_stack<T>(A), int(steps), vectors,
+                                             estimate.mutable_data_ptr<T>(), here.stream));
   });
   return estimate;
 }
