@@ -66,7 +66,7 @@ def check_small_root(n: int, dtype: torch.dtype, tensor_cores: bool) -> None:
     """Against float64 eigh, in multiples of unit * kappa / p; bad blocks, neighbours, strides."""
     ridge = 1e-6 if dtype == torch.float32 else 1e-8
     needed = native.lib.inverse_root_small_bytes(n, dtype == torch.float64, tensor_cores)
-    if needed + 4096 > small._limit(torch.device(DEVICE)):
+    if needed + small._STATIC > small._limit(torch.device(DEVICE)):
         print(f"  n = {n} does not fit this GPU's shared memory")
         return
     A = spectra(n, dtype)

@@ -45,12 +45,4 @@ SymmetricStack<T> symmetric_stack(const Tensor& A) {
   return {A.const_data_ptr<T>(), A.size(0), A.size(1), A.stride(0), A.stride(1), A.stride(2)};
 }
 
-inline void check_symmetric_stack(const char* op, const Tensor& A) {
-  check_cpu(op, "A", A, 3);
-  check_size(op, "A", A, 2, A.size(1));
-  const ScalarType dtype = A.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op,
-                  ": A must be float32 or float64");
-}
-
 }  // namespace shampoo

@@ -1,5 +1,7 @@
 """eigenvalue_bound.cu in emulation, one thread per CUDA thread (csrc/emulate)."""
 
+import re
+
 import emulation
 import pytest
 import torch
@@ -98,3 +100,17 @@ def test_sanitizers_find_nothing(tmp_path, flags):
     program = emulation.build(tmp_path, "eigenvalue_bound", flags)
     A = stack(32, torch.float32)[:3]
     torch.testing.assert_close(emulated(program, A), reference(A), rtol=2.0**-23, atol=0)
+
+
+KERNELS = sorted((emulation.CSRC / "cuda").glob("*.cu"))
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=lambda file: file.stem)
+def test_every_kernel_says_what_only_a_gpu_can_prove(file):
+    """And names the tests of the rest, which are there."""
+    text = " ".join(line.removeprefix("// ") for line in file.read_text().splitlines())
+    assert "Proven in emulation: " in text
+    assert "Unproven until run on a GPU: " in text
+    named = re.findall(r"tests/test_\w+\.py", text)
+    assert named
+    assert all((emulation.CSRC.parent / name).exists() for name in named)

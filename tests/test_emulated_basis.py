@@ -64,6 +64,28 @@ def test_power_iteration_with_few_vectors(program):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
+def test_power_iteration_with_more_vectors_than_rows(program):
+    """They act as n, whatever their number: 40 are more than a thread block could hold."""
+    A = torch.stack([matrices.condition(9, 10.0**k) for k in (1, 4)])
+    wanted = power(program, A, 3, 9)
+    for vectors in (16, 40, 2**32 + 1):
+        assert torch.equal(power(program, A, 3, vectors), wanted)
+    refused = power_arguments(torch.eye(17)[None], 1, 17)
+    assert emulation.start(program("power_iteration"), *refused).returncode == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [257, pytest.param(520, marks=pytest.mark.slow)])
+def test_power_iteration_of_four_rows_a_thread(program, n, dtype):
+    """From n = 257 on a thread holds more rows than one, some of which are beyond n."""
+    A = matrices.condition(n, 10.0).to(dtype)[None]
+    A = torch.cat([A, A.roll((n // 2, n // 2), (1, 2))])
+    exact = torch.linalg.matrix_norm(A.double(), 2)
+    found, expected = power(program, A, 1).double(), reference(power_iteration, A, 1).double()
+    assert (found <= exact * (1 + 8 * n * torch.finfo(dtype).eps)).all()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 def test_power_iteration_of_bad_blocks(program):
     A = torch.stack([matrices.condition(18, 10.0)] * 6).float()
     good = power(program, A[:1])

@@ -3,6 +3,7 @@ block without a root gets, bits, races and overruns."""
 
 import functools
 import math
+import types
 
 import emulation
 import matrices
@@ -11,7 +12,7 @@ import torch
 from root_law import law, relative, truth
 
 from shampoo_kernels import inverse_root, use_backend
-from shampoo_kernels.ops import roots
+from shampoo_kernels.ops import roots, small
 
 pytestmark = emulation.needs_compiler
 FLOAT32, FLOAT64 = torch.float32, torch.float64
@@ -167,6 +168,42 @@ def test_too_large_is_refused(program):
     assert emulation.start(program, *arguments(A, 2)).returncode == 1
     A = torch.eye(97).double()[None]
     assert emulation.start(program, *arguments(A, 2)).returncode == 1
+
+
+# Bytes of shared memory that a thread block may have (CUDA C++ Programming Guide, table of compute
+# capabilities), and the largest n that fits: by multiply-adds, tensor cores, in float64.
+LIMITS = {
+    "sm_80": (163 << 10, 114, 112, 81),
+    "sm_89": (99 << 10, 88, 80, 64),
+    "sm_90": (227 << 10, 128, 128, 96),
+    "sm_100": (227 << 10, 128, 128, 96),
+}
+
+
+@pytest.mark.parametrize("gpu", LIMITS)
+def test_what_fits_which_gpu(program, monkeypatch, gpu):
+    """`takes_root` says so: what does not fit goes to the other kernels."""
+    limit, *largest = LIMITS[gpu]
+    needed = functools.cache(
+        lambda n, wide, form: emulation.call(
+            program, FLOAT64 if wide else FLOAT32, (n, form), b"", (torch.int64, (1,))
+        )[0].item()
+    )
+    lib = types.SimpleNamespace(inverse_root_small_bytes=needed)
+    monkeypatch.setattr(small.native, "lib", lib)
+    monkeypatch.setattr(small, "_limit", lambda device: limit)
+    forms = (FLOAT32, False), (FLOAT32, True), (FLOAT64, False)
+    for (dtype, tensor_cores), most in zip(forms, largest, strict=True):
+        monkeypatch.setattr(small, "tensor_cores", lambda n, dtype, form=tensor_cores: form)
+        taken = [
+            n for n in range(1, 130)
+            if small.takes_root(
+                types.SimpleNamespace(
+                    shape=(4, n, n), dtype=dtype, device=None, is_cuda=True, numel=lambda: 4
+                )
+            )
+        ]  # fmt: skip
+        assert taken == list(range(1, most + 1))
 
 
 # n = 36 takes two warps by multiply-adds, n = 32 three by tensor cores; few steps run all barriers.

@@ -5,17 +5,12 @@
 #include <vector>
 
 #include "pieces.h"
+#include "wide.h"
 
 namespace shampoo {
 namespace {
 
 // Square roots and divisions are worth wide vectors; the bits are the same in any.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
-#define SHAMPOO_WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SHAMPOO_WIDE
-#endif
-
 SHAMPOO_WIDE void steps(float* __restrict out, const float* __restrict momentum,
                         const float* __restrict v, float eps, int64_t count) {
   for (int64_t e = 0; e < count; ++e) out[e] = momentum[e] / (std::sqrt(v[e]) + eps);

@@ -11,6 +11,7 @@
 #include "parallel.h"
 #include "product.h"
 #include "scratch.h"
+#include "wide.h"
 
 namespace shampoo {
 namespace {
@@ -50,22 +51,28 @@ T start(int64_t index) {
 
 // gram <- V V^T for V (k, n): the vectors are rows.
 template <class T>
-void gram_of(const T* V, int64_t n, int64_t k, double* gram) {
+SHAMPOO_INLINED void gram_of(const T* V, int64_t n, int64_t k, double* gram) {
+  constexpr int kLanes = 8;
   for (int64_t r = 0; r < k; ++r) {
     for (int64_t c = 0; c <= r; ++c) {
-      double sums[4] = {};
+      double sums[kLanes] = {};
       int64_t i = 0;
-      for (; i + 4 <= n; i += 4) {
-        for (int l = 0; l < 4; ++l) sums[l] += double(V[r * n + i + l]) * double(V[c * n + i + l]);
+      for (; i + kLanes <= n; i += kLanes) {
+        for (int l = 0; l < kLanes; ++l) {
+          sums[l] += double(V[r * n + i + l]) * double(V[c * n + i + l]);
+        }
       }
       for (; i < n; ++i) sums[0] += double(V[r * n + i]) * double(V[c * n + i]);
-      gram[r * k + c] = gram[c * k + r] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
+      }
+      gram[r * k + c] = gram[c * k + r] = sums[0];
     }
   }
 }
 
 template <class T>
-void orthonormalize(T* V, int64_t n, int64_t k, double* L, double* inverse) {
+SHAMPOO_INLINED void orthonormalize_rows(T* V, int64_t n, int64_t k, double* L, double* inverse) {
   gram_of(V, n, k, L);
   for (int64_t j = 0; j < k; ++j) {
     for (int64_t r = j; r < k; ++r) {
@@ -76,13 +83,27 @@ void orthonormalize(T* V, int64_t n, int64_t k, double* L, double* inverse) {
     }
   }
   for (int64_t j = 0; j < k; ++j) {
-    T* row = V + j * n;
+    T* __restrict row = V + j * n;
     for (int64_t c = 0; c < j; ++c) {
+      const T* __restrict other = V + c * n;
       const T factor = T(L[j * k + c]);
-      for (int64_t i = 0; i < n; ++i) row[i] -= factor * V[c * n + i];
+      for (int64_t i = 0; i < n; ++i) row[i] -= factor * other[i];
     }
     for (int64_t i = 0; i < n; ++i) row[i] *= T(inverse[j]);
   }
+}
+
+SHAMPOO_WIDE void gram(const float* V, int64_t n, int64_t k, double* gram) {
+  gram_of(V, n, k, gram);
+}
+SHAMPOO_WIDE void gram(const double* V, int64_t n, int64_t k, double* gram) {
+  gram_of(V, n, k, gram);
+}
+SHAMPOO_WIDE void orthonormalize(float* V, int64_t n, int64_t k, double* L, double* inverse) {
+  orthonormalize_rows(V, n, k, L, inverse);
+}
+SHAMPOO_WIDE void orthonormalize(double* V, int64_t n, int64_t k, double* L, double* inverse) {
+  orthonormalize_rows(V, n, k, L, inverse);
 }
 
 double quadratic(const double* gram, const double* y, int64_t k) {
@@ -94,7 +115,8 @@ double quadratic(const double* gram, const double* y, int64_t k) {
 }
 
 // y <- near the first eigenvector of gram: the largest column of gram^1024. False for zero.
-bool leading_vector(const double* gram, int64_t k, double* power, double* spare, double* y) {
+SHAMPOO_WIDE bool leading_vector(const double* gram, int64_t k, double* __restrict power,
+                                 double* __restrict spare, double* y) {
   std::copy(gram, gram + k * k, power);
   for (int squaring = 0; squaring < kSquarings; ++squaring) {
     double trace = 0;
@@ -202,9 +224,9 @@ double estimate_of(SymmetricStack<T> block, int64_t steps, int64_t k, const Para
   orthonormal();
   const T* before = work.V;
   multiply();
-  gram_of(work.V, n, k, work.gram);
+  gram(work.V, n, k, work.gram);
   if (!leading_vector(work.gram, k, work.other, work.spare, work.inverse)) return 0;
-  gram_of(before, n, k, work.other);
+  gram(before, n, k, work.other);
   const double denominator = quadratic(work.other, work.inverse, k);
   const double numerator = quadratic(work.gram, work.inverse, k);
   return denominator > 0 ? std::ldexp(std::sqrt(numerator / denominator), exponent) : 0;

@@ -40,33 +40,14 @@ void inverse_root_small_(Tensor A, int64_t p, double ridge, Tensor steps, bool t
                          std::optional<Tensor> previous, Tensor root, Tensor residual,
                          Tensor status) {
   const char* op = "inverse_root_small_";
-  shampoo::check_square_floats(op, A);
-  const int64_t blocks = A.size(0), n = A.size(1);
-  const ScalarType dtype = A.scalar_type();
-  shampoo::check_like(op, "root", root, A, dtype, {blocks, n, n}, true);
-  shampoo::check_like(op, "residual", residual, A, dtype, {blocks}, true);
-  shampoo::check_like(op, "status", status, A, ScalarType::Char, {blocks}, true);
-  if (previous) shampoo::check_like(op, "previous", *previous, A, dtype, {blocks, n, n}, false);
-  shampoo::check_cpu(op, "steps", steps, 2);
-  shampoo::check_same_dtype(op, "steps", steps, ScalarType::Double);
-  shampoo::check_size(op, "steps", steps, 1, 4);
+  shampoo::check_inverse_root(op, A, double(p), ridge, previous, root, residual, status);
+  shampoo::check_steps(op, steps, ScalarType::Double, 4, p);
   constexpr int64_t kMost = shampoo::RootSteps<float>::kMost;
-  STD_TORCH_CHECK(steps.is_contiguous() && steps.size(0) >= 1 && steps.size(0) <= kMost, op,
-                  ": steps must be contiguous and hold 1 to ", kMost);
-  STD_TORCH_CHECK(p >= 1 && p <= 1 << 20 && ridge >= 0, op, ": p or ridge out of range");
+  STD_TORCH_CHECK(steps.size(0) <= kMost, op, ": steps must be at most ", kMost);
   const shampoo::OnDevice here(A);
   shampoo::by_dtype(A, [&]<class T>(T) {
-    auto stride = [&](int dim) { return previous ? previous->stride(dim) : 0; };
-    const shampoo::InverseRoot<T> problem{shampoo::symmetric_stack<T>(A),
-                                          double(p),
-                                          ridge,
-                                          previous ? previous->const_data_ptr<T>() : nullptr,
-                                          stride(0),
-                                          stride(1),
-                                          stride(2),
-                                          root.mutable_data_ptr<T>(),
-                                          residual.mutable_data_ptr<T>(),
-                                          status.mutable_data_ptr<int8_t>()};
+    const auto problem =
+        shampoo::inverse_root_of<T>(A, double(p), ridge, previous, root, residual, status);
     shampoo::check_launch(op, shampoo::inverse_root_small_cuda<T>(problem, root_steps<T>(steps, p),
                                                                   tensor_cores, here.stream));
   });
@@ -74,14 +55,13 @@ void inverse_root_small_(Tensor A, int64_t p, double ridge, Tensor steps, bool t
 
 Tensor power_iteration(Tensor A, int64_t steps, int64_t vectors) {
   const char* op = "power_iteration";
-  shampoo::check_square_floats(op, A);
-  STD_TORCH_CHECK(steps >= 1 && steps <= 1 << 20, op, ": steps out of range");
+  shampoo::check_power_iteration(op, A, steps, vectors);
   const shampoo::OnDevice here(A);
   Tensor estimate = torch::stable::new_empty(A, {A.size(0)});
   shampoo::by_dtype(A, [&]<class T>(T) {
-    shampoo::check_launch(op, shampoo::power_iteration_cuda<T>(
-                                  shampoo::symmetric_stack<T>(A), int(steps), int(vectors),
-                                  estimate.mutable_data_ptr<T>(), here.stream));
+    shampoo::check_launch(
+        op, shampoo::power_iteration_cuda<T>(shampoo::symmetric_stack<T>(A), int(steps), vectors,
+                                             estimate.mutable_data_ptr<T>(), here.stream));
   });
   return estimate;
 }
@@ -89,23 +69,10 @@ Tensor power_iteration(Tensor A, int64_t steps, int64_t vectors) {
 void orthogonal_iteration_(Tensor A, Tensor Q, double lift, int64_t steps, Tensor eigenvalues,
                            Tensor basis) {
   const char* op = "orthogonal_iteration_";
-  shampoo::check_square_floats(op, A);
-  const int64_t blocks = A.size(0), n = A.size(1);
-  const ScalarType dtype = A.scalar_type();
-  shampoo::check_like(op, "Q", Q, A, dtype, {blocks, n, n}, false);
-  shampoo::check_like(op, "eigenvalues", eigenvalues, A, dtype, {blocks, n}, true);
-  shampoo::check_like(op, "basis", basis, A, dtype, {blocks, n, n}, true);
+  shampoo::check_orthogonal_iteration(op, A, Q, eigenvalues, basis);
   const shampoo::OnDevice here(A);
   shampoo::by_dtype(A, [&]<class T>(T) {
-    const shampoo::OrthogonalIteration<T> problem{
-        blocks,
-        n,
-        {A.const_data_ptr<T>(), A.stride(0), A.stride(1), A.stride(2)},
-        {Q.const_data_ptr<T>(), Q.stride(0), Q.stride(1), Q.stride(2)},
-        lift,
-        steps,
-        eigenvalues.mutable_data_ptr<T>(),
-        basis.mutable_data_ptr<T>()};
+    const auto problem = shampoo::orthogonal_iteration_of<T>(A, Q, lift, steps, eigenvalues, basis);
     shampoo::check_launch(op, shampoo::orthogonal_iteration_cuda<T>(problem, here.stream));
   });
 }

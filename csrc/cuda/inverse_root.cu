@@ -9,9 +9,10 @@
 // Each matrix leaves out the steps that it does not need: where |M - I|_F says that all eigenvalues
 // of M lie in the interval that a later step is made for, that step is next.
 //
-// Proven in emulation: the numbers, at n <= 48, and the barriers (tests/test_emulated_root.py).
-// Compiled: registers, no spills, the tensor-core instructions. Unproven until run on a GPU: speed,
-// which of the two products is faster at which n, and how tensor cores round their sums.
+// Proven in emulation: the products at every n (tests/test_emulated_product.py); the roots at n <=
+// 48 and, by multiply-adds, 128, and the barriers (tests/test_emulated_root.py). Compiled:
+// registers, no spills, the tensor-core instructions. Unproven until run on a GPU: speed, which of
+// the two products is faster at which n, and how tensor cores round their sums.
 #include <cmath>
 
 #include "cuda/launchers.h"

@@ -39,10 +39,10 @@ cudaError_t inverse_root_small_cuda(const InverseRoot<T>& problem, const RootSte
 template <class T>
 int64_t inverse_root_small_bytes(int64_t n, bool tensor_cores);
 
-// As power_iteration of kernels.h, n <= kPowerMostN and vectors <= kPowerVectors.
+// As power_iteration of kernels.h, n <= kPowerMostN and min(vectors, n) <= kPowerVectors.
 constexpr int kPowerMostN = 1024, kPowerVectors = 16;
 template <class T>
-cudaError_t power_iteration_cuda(const SymmetricStack<T>& stack, int steps, int vectors,
+cudaError_t power_iteration_cuda(const SymmetricStack<T>& stack, int steps, int64_t vectors,
                                  T* estimate, cudaStream_t stream);
 
 // As orthogonal_iteration of kernels.h, n <= 128. Needs orthogonal_iteration_bytes() of shared

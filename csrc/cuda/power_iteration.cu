@@ -10,8 +10,8 @@
 // A symmetric: W = A V is computed as A^T V, so that neighbouring threads read neighbouring
 // numbers.
 //
-// Proven in emulation: the numbers, at n <= 48, and the barriers (tests/test_emulated_basis.py).
-// Unproven until run on a GPU: speed.
+// Proven in emulation: the numbers, at n <= 48 and 257, and the barriers
+// (tests/test_emulated_basis.py). Unproven until run on a GPU: speed.
 #include <cmath>
 
 #include "cuda/block_reduce.h"
@@ -225,26 +225,28 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 template <class T>
-cudaError_t power_iteration_cuda(const SymmetricStack<T>& stack, int steps, int vectors,
+cudaError_t power_iteration_cuda(const SymmetricStack<T>& stack, int steps, int64_t vectors,
                                  T* estimate, cudaStream_t stream) {
   const int64_t n = stack.n, bytes = n * kVectors * static_cast<int64_t>(sizeof(T));
   const bool fits = bytes + static_cast<int64_t>(sizeof(Scratch)) <= shared_memory_limit();
-  if (n < 1 || n > kPowerMostN || !fits || vectors < 1 || vectors > kVectors)
+  const int64_t columns = vectors < n ? vectors : n;
+  if (n < 1 || n > kPowerMostN || !fits || columns < 1 || columns > kVectors) {
     return cudaErrorInvalidValue;
+  }
   SymmetricStack<T> coalesced = stack;
   if (stack.row_stride < stack.column_stride) {
     coalesced.row_stride = stack.column_stride;
     coalesced.column_stride = stack.row_stride;
   }
-  const int columns = vectors < n ? vectors : static_cast<int>(n);
   const auto kernel = n <= kThreads ? power_iteration_kernel<T, 1>
                                     : power_iteration_kernel<T, kPowerMostN / kThreads>;
-  return launch(kernel, stack.blocks, kThreads, bytes, stream, coalesced, steps, columns, estimate);
+  return launch(kernel, stack.blocks, kThreads, bytes, stream, coalesced, steps,
+                static_cast<int>(columns), estimate);
 }
 
-template cudaError_t power_iteration_cuda(const SymmetricStack<float>&, int, int, float*,
+template cudaError_t power_iteration_cuda(const SymmetricStack<float>&, int, int64_t, float*,
                                           cudaStream_t);
-template cudaError_t power_iteration_cuda(const SymmetricStack<double>&, int, int, double*,
+template cudaError_t power_iteration_cuda(const SymmetricStack<double>&, int, int64_t, double*,
                                           cudaStream_t);
 
 }  // namespace shampoo

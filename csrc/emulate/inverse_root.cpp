@@ -1,12 +1,17 @@
 // inverse_root.cu on threads: inverse_root float|double blocks n p tensor_cores steps keeps
 // in_place < ridge (double), steps (rows of four), A (blocks, n, n), and if `keeps` previous
 // (blocks, n, n), which with `in_place` the root is written over > root, residual, status, all raw.
+// inverse_root float|double n tensor_cores > the bytes of shared memory that n takes, int64.
 #include "cuda/inverse_root.cu"
 
 #include "emulate/program.h"
 
 template <class T>
 int run(const std::vector<int64_t>& values) {
+  if (values.size() == 2) {
+    emulate::write(std::vector{shampoo::inverse_root_small_bytes<T>(values[0], values[1] != 0)});
+    return 0;
+  }
   if (values.size() != 7) return 2;
   const int64_t blocks = values[0], n = values[1], p = values[2], count = values[4];
   const bool keeps = values[5] != 0, in_place = values[6] != 0;

@@ -11,8 +11,8 @@ int run(const std::vector<int64_t>& values) {
   const auto A = emulate::read<T>(blocks * n * n);
   std::vector<T> estimate(blocks);
   const shampoo::SymmetricStack<T> stack{A.data(), blocks, n, n * n, values[2], values[3]};
-  const auto error = shampoo::power_iteration_cuda(stack, int(values[4]), int(values[5]),
-                                                   estimate.data(), nullptr);
+  const auto error =
+      shampoo::power_iteration_cuda(stack, int(values[4]), values[5], estimate.data(), nullptr);
   if (error) return 1;
   emulate::write(estimate);
   return 0;
