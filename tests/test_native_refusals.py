@@ -38,7 +38,7 @@ OUTPUTS = "root", "residual", "status", "eigenvalues", "basis"
 def newton_arguments():
     from shampoo_kernels.ops import roots
 
-    return root_arguments(("p", 2), ("ridge", 1e-6), ("steps", roots._native_steps(1e-6, 2)))
+    return root_arguments(("p", 2), ("ridge", 1e-6), ("steps", roots.native_steps(1e-6, 2)))
 
 
 def arguments(name):

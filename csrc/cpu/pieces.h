@@ -5,6 +5,7 @@
 
 #include "../dtypes.h"
 #include "parallel.h"
+#include "squares.h"
 
 namespace shampoo {
 
@@ -38,29 +39,6 @@ inline void sum_chunks(const PieceChunk* chunks, int64_t chunk_count, int64_t pi
                        const double* sums, double* out) {
   std::fill(out, out + pieces, 0.0);
   for (int64_t c = 0; c < chunk_count; ++c) out[chunks[c].piece] += sums[c];
-}
-
-// The sum of of(e)^2 over e < count, in float64, in lanes that a compiler makes vectors of.
-template <class F>
-double squares(int64_t count, const F& of) {
-  constexpr int64_t kLanes = 8;
-  double lanes[kLanes] = {};
-  int64_t e = 0;
-  for (; e + kLanes <= count; e += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const double x = of(e + lane);
-      lanes[lane] += x * x;
-    }
-  }
-  for (; e < count; ++e) lanes[0] += of(e) * of(e);
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return sum;
-}
-
-template <class T>
-double squares(const T* x, int64_t count) {
-  return squares(count, [&](int64_t e) { return double(x[e]); });
 }
 
 }  // namespace shampoo

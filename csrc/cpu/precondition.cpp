@@ -6,23 +6,10 @@
 
 #include "product.h"
 #include "scratch.h"
+#include "squares.h"
 
 namespace shampoo {
 namespace {
-
-double sum_of_squares(const float* row, int64_t n) {
-  constexpr int kLanes = 8;
-  double sums[kLanes] = {};
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    for (int l = 0; l < kLanes; ++l) sums[l] += double(row[j + l]) * double(row[j + l]);
-  }
-  for (; j < n; ++j) sums[0] += double(row[j]) * double(row[j]);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) sums[l] += sums[l + half];
-  }
-  return sums[0];
-}
 
 // left (rows, k) times right (k, columns), both as they lie in the problem, k the second of left.
 ProductPlan<float> plan_of(int64_t rows, int64_t columns, int64_t k, const Operand& left,
@@ -82,8 +69,8 @@ void precondition(const Precondition& p, const Parallel& parallel) {
   if (p.rows == 0 || p.columns == 0) std::fill(p.norms, p.norms + p.blocks, 0.0f);
   if (p.blocks == 0 || p.rows == 0 || p.columns == 0) return;
   const Chain chain(p);
-  auto squares = [&](int64_t b, int64_t i) {
-    return sum_of_squares(p.out + b * p.out_block_stride + i * p.out_row_stride, p.columns);
+  auto row_squares = [&](int64_t b, int64_t i) {
+    return squares(p.out + b * p.out_block_stride + i * p.out_row_stride, p.columns);
   };
   static thread_local Scratch scratch;
   const int64_t whole = chain.whole_blocks(parallel);
@@ -93,7 +80,7 @@ void precondition(const Precondition& p, const Parallel& parallel) {
     for (int64_t b = begin; b < end; ++b) {
       chain.run(b, between, [](const auto& plan, const auto& block) { plan.run(block); });
       double norm = 0;
-      for (int64_t i = 0; i < p.rows; ++i) norm += squares(b, i);
+      for (int64_t i = 0; i < p.rows; ++i) norm += row_squares(b, i);
       p.norms[b] = float(norm);
     }
     scratch.trim();
@@ -106,7 +93,7 @@ void precondition(const Precondition& p, const Parallel& parallel) {
               [&](const auto& plan, const auto& block) { plan.run_parallel(block, parallel); });
     for_each(parallel, p.rows, int64_t(kTaskWork / double(p.columns)) + 1,
              [&](int64_t begin, int64_t end) {
-               for (int64_t i = begin; i < end; ++i) rows[i] = squares(b, i);
+               for (int64_t i = begin; i < end; ++i) rows[i] = row_squares(b, i);
              });
     double norm = 0;
     for (int64_t i = 0; i < p.rows; ++i) norm += rows[i];

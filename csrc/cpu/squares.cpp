@@ -1,0 +1,9 @@
+#include "squares.h"
+
+namespace shampoo {
+
+SHAMPOO_WIDE double squares(const float* x, int64_t count) {
+  return squares(count, [&](int64_t e) { return double(x[e]); });
+}
+
+}  // namespace shampoo
