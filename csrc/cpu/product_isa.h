@@ -22,7 +22,7 @@ template <class T>
 struct ProductTile {
   int panel_rows;
   int per_step;  // values of k in one step: 1, or 2 for bf16 pairs
-  int depth;     // k of a chunk: a panel stays in the L1 cache
+  int depth;     // k of a chunk: a panel stays in the L1 cache or comes from the L2 as fast
   int block;     // rows of left that stay in the L2 cache; a multiple of panel_rows
 
   // Packs rows [begin, end) of the chunk's n rows; begin is a multiple of the panel's rows, rows

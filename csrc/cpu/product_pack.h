@@ -113,7 +113,7 @@ template <class T, int W, int R, class Reader>
 void pack(const ProductChunk& chunk, int64_t n, int64_t row_begin, int64_t row_end, T* panels) {
   const int64_t slab_steps = chunk_steps(1, chunk.depth, Reader::kPerStep);
   const int64_t panel_size = chunk.slabs * slab_steps * R;
-  const int64_t run = chunk.k_stride == 1 ? slab_steps : 64;
+  const int64_t run = chunk.k_stride == 1 ? slab_steps : 4;
   for (int64_t slab = 0; slab < chunk.slabs; ++slab) {
     const auto* slab_source =
         static_cast<const typename Reader::Source*>(chunk.data) + slab * chunk.slab_stride;

@@ -12,7 +12,7 @@ constinit const ProductIsa product_portable = {
 
 constinit const ProductIsa product_avx512_generic = {
     "avx512-generic",
-    number_tile<float, 16, 8, 3>(192, 240),
+    number_tile<float, 16, 8, 3>(384, 240),
     number_tile<float, 16, 16, 1>(384, 16),
     bf16_pair_tile<PairMultiplyAdd, 16, 8, 3>(384, 240),
     number_tile<double, 8, 8, 3>(256, 216),
