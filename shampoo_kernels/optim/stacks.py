@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim.blocks import LEFT, Block, Cut, StackKey, cut, stack_blocks
+from shampoo_kernels.optim.blocks import LEFT, RIGHT, Block, Cut, StackKey, cut, stack_blocks
 from shampoo_kernels.optim.layout import block_state, kept, moment_names
 
 # Bytes of one packed temporary: larger stacks are processed in parts of this size.
@@ -55,6 +55,14 @@ class Stack:
 
     def dimension(self, side: str) -> int:
         return self.key.m if side == LEFT else self.key.n
+
+    def left_right(self) -> tuple[Tensor | None, Tensor | None]:
+        """The roots or bases in the dtype of the stack, None on a side without."""
+        left, right = self.root.get(LEFT), self.root.get(RIGHT)
+        return (
+            None if left is None else left.to(self.dtype),
+            None if right is None else right.to(self.dtype),
+        )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The state's name of each stack, and the stack."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shampoo_kernels.ops.moments import Averages, Entry, Rule, average_squares_, direction, moments_
 from shampoo_kernels.ops.norms import block_norms, per_block
+from shampoo_kernels.ops.precondition import apply_factors
 from shampoo_kernels.optim import eigenbasis, factors, statistics, turns
 from shampoo_kernels.optim.batch import Batch
 from shampoo_kernels.optim.stacks import Stack
@@ -35,8 +36,7 @@ def step_(batch: Batch, inputs: Inputs, group: dict) -> None:
     steps, rule = batch.count_(moves), _rule(batch, group)
     by_part = list(zip(batch.parts, grads, batch.split(moves), strict=True))
     if batch.has_factors:
-        for part, grad, move in by_part:
-            statistics.update_(part, grad, move, group)
+        statistics.update_(batch, grads, moves, group)
     averages = _average_(batch, inputs, grads, moves, steps, rule, _asks(batch, rule))
     if batch.has_factors:
         for (part, grad, move), position in zip(by_part, batch.positions, strict=True):
@@ -154,13 +154,15 @@ def _by_roots(
     With a graft, scale * U has the norm of the graft's own step, and where a block has no root yet
     (U is 0), or its parameter has not started, it is that step.
     """
+    precision = group["precision"]
     found = [
-        factors.apply_roots(part, momentum, group["precision"])
+        apply_factors(momentum, *part.left_right(), precision=precision)
         if _started(part, inputs, group)
         else (momentum, torch.zeros_like(part.steps))
         for part, momentum in zip(batch.parts, averages.momenta, strict=True)
     ]
-    updates, norms = [update for update, _ in found], batch.join([norm for _, norm in found])
+    updates = [update for update, _ in found]
+    norms = batch.join([squared_norm for _, squared_norm in found]).sqrt()
     if rule.graft is None:
         return updates, torch.ones_like(steps)
     ready, scale = norms > 0, rule.root_bias(steps)
