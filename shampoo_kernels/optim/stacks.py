@@ -44,7 +44,7 @@ class Stack:
     kept: dict[str, str] = field(default_factory=dict)  # side: the state's name of `root`
     # side: (B,) int8, the RootStatus of the last refresh, -1 before; no part of the state
     status: dict[str, Tensor] = field(default_factory=dict)
-    place: int | None = None  # what turns go by, where it is not the number of the first block
+    place: int = 0  # of the first block, what turns go by: `turns.place_`
     first: int = 0
     total: int = 0
     complete: bool = False  # every block is known to have its roots or bases
@@ -103,7 +103,6 @@ class Stack:
         return replace(
             self, blocks=self.blocks[part], steps=self.steps[part], statistic=statistic, root=root,
             extra=extra, status=status,
-            place=None if self.place is None else self.place + part.start,
         )  # fmt: skip
 
     def pieces(self, matrices: Matrices) -> list[Tensor]:
