@@ -192,9 +192,9 @@ def _check(stack: Tensor, pieces: list[Tensor], device: torch.device) -> None:
     if not pieces:
         return
     common.check_dtype(_OP, "a piece", pieces[0], common.FLOATS)
-    like = pieces[0].dtype, stack.shape[1:], stack.device
+    like, together = (pieces[0].dtype, stack.shape[1:], device), stack.device == device
     for piece in pieces:
-        if (piece.dtype, piece.shape, piece.device) != like or piece.device != device:
+        if not together or (piece.dtype, piece.shape, piece.device) != like:
             common.check_dtype(_OP, "a piece", piece, like[:1])
             common.check_shape(_OP, "a piece", piece, like[1], "as its place in a stack")
             raise ValueError(
