@@ -57,9 +57,9 @@ def test_low_precision_weights_are_rounded_once_from_float32(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_read_16_bit_gradients_as_they_are(monkeypatch, dtype):
     """Products are exact and sums float32, so that L is that of float32 gradients to rounding."""
-    seen, real = [], statistics.gram_ema_
+    seen, real = [], statistics.accumulate_
     monkeypatch.setattr(
-        statistics, "gram_ema_", lambda stat, grad, *a, **k: seen.append(grad.dtype) or real(
+        statistics, "accumulate_", lambda stat, grad, *a, **k: seen.append(grad.dtype) or real(
             stat, grad, *a, **k)
     )  # fmt: skip
     W, V = parameters((64, 48), dtype=dtype)[0], parameters((64, 48))[0]

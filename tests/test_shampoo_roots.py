@@ -69,7 +69,7 @@ def test_what_is_due_on_an_accelerator_is_known_without_looking(monkeypatch):
     stack = dataclasses.replace(optimizer._plans[0].stacks[0], device=torch.device("cuda"))
     monkeypatch.setattr(turns, "waiting", lambda *_: pytest.fail("looked"))
     group = {**optimizer.defaults, "refresh_every": 3, "start_step": 5}
-    for steps, position, expected in (
+    for steps, place, expected in (
         ([4] * 6, 0, []),
         ([5] * 6, 0, [0, 1, 2, 3, 4, 5]),
         ([6] * 6, 0, [0, 3]),
@@ -78,8 +78,8 @@ def test_what_is_due_on_an_accelerator_is_known_without_looking(monkeypatch):
         ([7, 8, 9, 7, 8, 9], 0, []),  # turns go by a parameter's own steps
         ([6, 7, 8, 6, 7, 8], 0, [0, 1, 2, 3, 4, 5]),
     ):
-        found, first = turns.due(stack, steps, group, position)
-        assert list(found) == expected, (steps, position)
+        found, first = turns.due(stack, steps, group, place)
+        assert list(found) == expected, (steps, place)
         assert first == {i for i, step in enumerate(steps) if step == 5}
 
 

@@ -5,6 +5,7 @@ Blocks are counted over all stacks; numbers of each block are tensors (blocks,).
 """
 
 import math
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def _by_kernel(entries: Sequence[Entry], moves: Tensor, steps: Tensor, rule: Rul
     """One call for all, by a table of MomentPiece (kernels.h)."""
     momenta = [torch.empty_like(entry.grad) for entry in entries]
     own: list[Tensor] = []
-    rows, sizes = [], []
+    numbers, sizes = array("q"), list[int]()
     for entry, momentum in zip(entries, momenta, strict=True):
         squares, grad = entry.exp_avg_sqs, entry.grad
         count, m, n = grad.shape
@@ -113,11 +114,11 @@ def _by_kernel(entries: Sequence[Entry], moves: Tensor, steps: Tensor, rule: Rul
                     _refuse(f"exp_avg_sqs must have the strides {strides} of exp_avgs",
                             squares[i])  # fmt: skip
             places = (start and start + i * size for start in starts)
-            rows.append((average.data_ptr(), square, *places, m, n, *strides))
+            numbers.extend((average.data_ptr(), square, *places, m, n, *strides))
         sizes += [m * n] * count
     plain = rule.graft in ("rmsprop", "adagrad", "sgd") or rule.betas[1] == 1
     squared_norms = torch.ops.shampoo_kernels_native.moments_(
-        pack.on_device(rows, 9, moves.device), pack.chunks(tuple(sizes), moves.device),
+        pack.on_device(numbers, 9, moves.device), pack.chunks(tuple(sizes), moves.device),
         moves, steps, *rule.betas, rule.eps, rule.nesterov, rule.graft == "adagrad", not plain,
     )  # fmt: skip
     return Averages(momenta, own, squared_norms)

@@ -6,6 +6,7 @@ and strides, and apply the preconditioned blocks to the weights.
 
 import functools
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -46,9 +47,8 @@ class Pieces:
             raise ValueError(f"{_OP}: got {len(self.data)} pieces and {places} places for them")
         for stack, pieces in self._by_stack():
             _check(stack, pieces, self.stacks[0].device)
-        wide = any(t.dtype == torch.float64 for t in (*self.data, *self.stacks))
+        wide = torch.float64 in {tensor.dtype for tensor in (*self.data, *self.stacks)}
         self.factor_dtype = torch.float64 if wide else torch.float32
-        self._elements = sum(stack.numel() for stack in self.stacks)
 
     def _by_stack(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Every stack and its pieces."""
@@ -61,21 +61,18 @@ class Pieces:
     @functools.cached_property
     def table(self) -> tuple[Tensor, Tensor]:
         """Piece and PieceChunk of kernels.h: int64 (pieces, 8), int32 (chunks, 2)."""
-        rows: list[tuple[int, ...]] = []
+        numbers = array("q")
         counts: list[int] = []
         for stack, pieces in self._by_stack():
             count, m, n = stack.shape
             place, size = stack.data_ptr(), m * n * stack.element_size()
-            kind = _DTYPES[stack.dtype]
+            kinds = _DTYPES[pieces[0].dtype if pieces else stack.dtype], _DTYPES[stack.dtype]
             for piece in pieces:
-                row, column = piece.stride()
-                rows.append(
-                    (piece.data_ptr(), place, m, n, row, column, _DTYPES[piece.dtype], kind)
-                )
+                numbers.extend((piece.data_ptr(), place, m, n, *piece.stride(), *kinds))
                 place += size
             counts += [m * n] * count
         device = self.stacks[0].device if self.stacks else torch.device("cpu")
-        return on_device(rows, 8, device), chunks(tuple(counts), device)
+        return on_device(numbers, 8, device), chunks(tuple(counts), device)
 
     def pack_(self) -> None:
         """stacks[i] <- data[i], cast."""
@@ -146,7 +143,8 @@ class Pieces:
         return bool(self.data) and native(self.data[0])
 
     def _large(self, elements: int) -> bool:
-        return self.data[0].is_cpu and self._elements >= elements * len(self.data)
+        packed = sum(stack.numel() for stack in self.stacks)
+        return self.data[0].is_cpu and packed >= elements * len(self.data)
 
 
 def native(tensor: Tensor) -> bool:
@@ -171,11 +169,12 @@ def _chunks(sizes: tuple[int, ...], device: torch.device, stream: int) -> Tensor
     return _move(torch.tensor(found, dtype=torch.int32, device="cpu").view(-1, 2), device)
 
 
-def on_device(rows: list[tuple[int, ...]], columns: int, device: torch.device) -> Tensor:
-    """A table of int64 (rows, columns)."""
-    return _move(
-        torch.tensor(rows, dtype=torch.int64, device="cpu").view(len(rows), columns), device
-    )
+def on_device(numbers: array, columns: int, device: torch.device) -> Tensor:
+    """A table of int64 (rows, columns), row by row; from an array, of which no number is an object
+    by itself, in a third of the time that torch.tensor takes for a list."""
+    if not numbers:
+        return torch.empty(0, columns, dtype=torch.int64, device=device)
+    return _move(torch.frombuffer(numbers, dtype=torch.int64).view(-1, columns), device)
 
 
 def _move(table: Tensor, device: torch.device) -> Tensor:
@@ -193,9 +192,9 @@ def _check(stack: Tensor, pieces: list[Tensor], device: torch.device) -> None:
     if not pieces:
         return
     common.check_dtype(_OP, "a piece", pieces[0], common.FLOATS)
-    like = pieces[0].dtype, stack.shape[1:], stack.device
+    like, together = (pieces[0].dtype, stack.shape[1:], device), stack.device == device
     for piece in pieces:
-        if (piece.dtype, piece.shape, piece.device) != like or piece.device != device:
+        if not together or (piece.dtype, piece.shape, piece.device) != like:
             common.check_dtype(_OP, "a piece", piece, like[:1])
             common.check_shape(_OP, "a piece", piece, like[1], "as its place in a stack")
             raise ValueError(

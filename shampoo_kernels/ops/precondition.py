@@ -65,6 +65,15 @@ def precondition(
     return out, common.unstack(norm, grad.shape[:-2])
 
 
+def apply_factors(
+    grad: Tensor, left: Tensor | None, right: Tensor | None, precision: str
+) -> tuple[Tensor, Tensor]:
+    """`precondition` of a stack, for callers whose tensors fit by construction: nothing is checked,
+    and autocast must be off."""
+    out = common.empty_like(grad, _dtype(grad))
+    return out, _precondition_(out, grad, left, right, precision)
+
+
 def _precondition_(
     out: Tensor, grad: Tensor, left: Tensor | None, right: Tensor | None, precision: str
 ) -> Tensor:
@@ -140,8 +149,7 @@ def _implementation_(out, grad, left, right, *, precision="highest") -> Tensor:
 
 def _implementation(grad, left, right, *, precision="highest") -> tuple[Tensor, Tensor]:
     _check(grad, left, right, precision=precision)
-    out = common.empty_like(grad, _dtype(grad))
-    return out, _precondition_(out, grad, left, right, precision)
+    return apply_factors(grad, left, right, precision)
 
 
 def _fake_(out, grad, left, right, *, precision="highest") -> Tensor:

@@ -9,7 +9,7 @@ from shampoo_kernels.ops import moments
 from shampoo_kernels.ops.inverse_root import RootStatus
 from shampoo_kernels.ops.norms import matrix_norms, per_block
 from shampoo_kernels.ops.orthogonal_iteration import orthogonal_iteration
-from shampoo_kernels.ops.precondition import precondition
+from shampoo_kernels.ops.precondition import apply_factors
 from shampoo_kernels.optim.blocks import LEFT, RIGHT
 from shampoo_kernels.optim.factors import narrowed, pieces
 from shampoo_kernels.optim.stacks import Stack
@@ -22,8 +22,8 @@ BASIS_METHODS = ("orthogonal_iteration", "eigh")
 
 def rotate(stack: Stack, matrices: Tensor, precision: str) -> Tensor:
     """Q_Lᵀ G Q_R (B, m, n): the blocks in their eigenbasis."""
-    left, right = _bases(stack)
-    return precondition(matrices, _transposed(left), right, precision=precision)[0]
+    left, right = stack.left_right()
+    return apply_factors(matrices, _transposed(left), right, precision)[0]
 
 
 def direction(stack: Stack, momentum: Tensor, rule: moments.Rule, precision: str) -> Tensor:
@@ -34,8 +34,8 @@ def direction(stack: Stack, momentum: Tensor, rule: moments.Rule, precision: str
     """
     rotated = rotate(stack, momentum, precision)
     own = moments.direction(rotated, stack.extra["exp_avg_sq"], stack.steps, rule)
-    left, right = _bases(stack)
-    return precondition(own, left, _transposed(right), precision=precision)[0]
+    left, right = stack.left_right()
+    return apply_factors(own, left, _transposed(right), precision)[0]
 
 
 def refresh_(stack: Stack, due: Sequence[int], first: set[int], moves: Tensor, group: dict) -> None:
@@ -60,11 +60,11 @@ def refresh_(stack: Stack, due: Sequence[int], first: set[int], moves: Tensor, g
                 for side in stack.key.sides
             }
             left, right = turns.get(LEFT), turns.get(RIGHT)
-            moved, _ = precondition(
+            moved, _ = apply_factors(
                 exp_avg_sq[part],
                 None if left is None else left.mT.square(),
                 None if right is None else right.square(),
-                precision=group["precision"],
+                group["precision"],
             )
             exp_avg_sq[part] = torch.where(per_block(moves[part] > 0), moved, exp_avg_sq[part])
 
@@ -107,12 +107,6 @@ def _misfit(A: Tensor, Q: Tensor) -> Tensor:
     norm = matrix_norms(B)
     B.diagonal(dim1=-2, dim2=-1).zero_()
     return matrix_norms(B) / torch.where(norm > 0, norm, 1)
-
-
-def _bases(stack: Stack) -> list[Tensor | None]:
-    return [
-        stack.root[side].to(stack.dtype) if side in stack.root else None for side in (LEFT, RIGHT)
-    ]
 
 
 def _transposed(Q: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The inverse roots of the statistics on stacks of blocks: their scale, refresh, application."""
+"""The inverse roots of the statistics on stacks of blocks: their scale and refresh."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,8 +11,7 @@ from shampoo_kernels.ops.eigenvalue_bound import eigenvalue_bound
 from shampoo_kernels.ops.inverse_root import compute_, empty_results
 from shampoo_kernels.ops.moments import bias
 from shampoo_kernels.ops.norms import matrix_norms, per_block
-from shampoo_kernels.ops.precondition import precondition
-from shampoo_kernels.optim.blocks import LEFT, RIGHT
+from shampoo_kernels.optim.blocks import LEFT
 from shampoo_kernels.optim.stacks import Stack
 from shampoo_kernels.optim.statistics import statistic_bias
 
@@ -146,12 +145,3 @@ def _matrices(stack: Stack, method: str) -> int:
     native = choose("inverse_root", stack.device.type, stack.dtype) == "native"
     kernel = method in ("auto", "eigh") or (method == "newton" and stack.dtype == torch.float32)
     return 4 if native and kernel else 12
-
-
-def apply_roots(stack: Stack, momentum: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """(preconditioned momentum (B, m, n), its norm (B,)); both 0 where there is no root yet."""
-    left, right = (
-        stack.root[side].to(stack.dtype) if side in stack.root else None for side in (LEFT, RIGHT)
-    )
-    result, squared_norm = precondition(momentum, left, right, precision=precision)
-    return result, squared_norm.sqrt()

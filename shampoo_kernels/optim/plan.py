@@ -1,11 +1,12 @@
 """What one param group needs for a step: its stacks, and its tensors seen as matrices."""
 
+import functools
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim.batch import batches
+from shampoo_kernels.optim.batch import Batch, Moments, batches
 from shampoo_kernels.optim.blocks import Cut
 from shampoo_kernels.optim.distributed.team import Share, is_dtensor
 from shampoo_kernels.optim.layout import MOMENTS, STRUCTURE
@@ -86,10 +87,13 @@ class Plan:
         others = [share.others(parameter) for parameter in self.parameters] if share else None
         self.stacks = build(self.parameters, own, group, self.cuts, others)
         self.step_tensors = [state["step"] for state in own]
+        self.ones = [torch.ones_like(step) for step in self.step_tensors]
         self.steps = [int(step) for step in self.step_tensors]
         average, square = MOMENTS
         self.averages = [state[average] for state in own]
         self.squares = {i: state[square] for i, state in enumerate(own) if square in state}
+        self._present: list[int] = []
+        self._batches: list[Batch] = []  # of the parameters in `_present`
 
     def fits(self, group: dict, states: Mapping[Tensor, dict], share: Share | None) -> bool:
         """No parameter joined, and neither options nor state tensors were replaced."""
@@ -103,13 +107,21 @@ class Plan:
             )
         )
 
-    def step_(self, group: dict, position: int) -> int:
-        """Step every stack; `position` counts the blocks with a factor before and after it."""
+    def step_(self, group: dict) -> None:
+        """Step every stack."""
         inputs = self._inputs()
-        for batch in batches(self.stacks, inputs.grads, position):
+        present = list(inputs.grads)
+        if present != self._present:  # as a rule it is the same in every step
+            self._batches = list(batches(self.stacks, present, self.moments))
+            self._present = present
+        for batch in self._batches:
             step_(batch, inputs, group)
         self._write_back(inputs.weights, inputs.grads)
-        return position + sum(stack.total for stack in self.stacks if stack.key.sides)
+
+    @functools.cached_property
+    def moments(self) -> Moments:
+        averages = dict(enumerate(self.averages))
+        return Moments(self._matrices(averages), self._matrices(self.squares))
 
     def _cuts(self, group: dict) -> list[Cut]:
         return [cut_parameter(parameter, group) for parameter in self.parameters]
@@ -121,14 +133,13 @@ class Plan:
         return Inputs(
             weights=self._matrices(dict(enumerate(self.parameters))),
             grads=self._matrices(grads),
-            exp_avgs=self._matrices(dict(enumerate(self.averages))),
-            exp_avg_sqs=self._matrices(self.squares),
             steps=self.steps,
         )
 
     def _count(self, stepped: Collection[int]) -> None:
         if stepped:
-            torch._foreach_add_([self.step_tensors[i] for i in stepped], 1)
+            steps, ones = ([x[i] for i in stepped] for x in (self.step_tensors, self.ones))
+            torch._foreach_add_(steps, ones)  # on a CPU a third of what adding the number 1 takes
         for i in stepped:
             self.steps[i] += 1
 

@@ -1,8 +1,8 @@
 """Shampoo as a torch.optim optimizer: it gathers state; the work is in update.py."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -210,11 +210,10 @@ class Shampoo(torch.optim.Optimizer):
             check_gradients(group)
         self._make_plans()
         plans = [self._plans[number] for number in range(len(self.param_groups))]
-        turns.level_([plan.stacks for plan in plans], self.param_groups)
-        position = 0
+        turns.place_([plan.stacks for plan in plans], self.param_groups)
         with _without_autocast({stack.device.type for plan in plans for stack in plan.stacks}):
             for plan, group in zip(plans, self.param_groups, strict=True):
-                position = plan.step_(group, position)
+                plan.step_(group)
         return loss
 
     def metrics(self) -> dict[str, Tensor]:
@@ -242,15 +241,17 @@ class Shampoo(torch.optim.Optimizer):
 
     def _check_options(self) -> None:
         """Check all groups, the options that rarely change only if they did."""
-        plain = [
-            {"lr": options.learning_rate(group["lr"])}
-            if options.fingerprint(group) == self._checked.get(number)
-            else options.checked(group)
+        changed = {
+            number: options.checked(group)
             for number, group in enumerate(self.param_groups)
-        ]
-        for number, group in enumerate(self.param_groups):
-            group.update(plain[number])
-            self._checked[number] = options.fingerprint(group)
+            if options.fingerprint(group) != self._checked.get(number)
+        }
+        rates = [options.learning_rate(group["lr"]) for group in self.param_groups]
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for number, plain in changed.items():
+            self.param_groups[number].update(plain)
+            self._checked[number] = options.fingerprint(self.param_groups[number])
 
     def _make_plans(self) -> None:
         """How to step each group, anew when it or its state are no longer what they were."""
@@ -283,11 +284,10 @@ class Shampoo(torch.optim.Optimizer):
             self._agreed[number] = now
 
 
-@contextmanager
-def _without_autocast(devices: Collection[str]) -> Iterator[None]:
+def _without_autocast(devices: Collection[str]) -> ExitStack:
     """Products of a step are as precise as `precision` says, also where autocast is on."""
-    with ExitStack() as entered:
-        for device in devices:
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-                entered.enter_context(torch.autocast(device, enabled=False))
-        yield
+    entered = ExitStack()
+    for device in devices:
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            entered.enter_context(torch.autocast(device, enabled=False))
+    return entered

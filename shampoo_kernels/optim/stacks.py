@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from shampoo_kernels.optim.blocks import LEFT, Block, Cut, StackKey, cut, stack_blocks
+from shampoo_kernels.optim.blocks import LEFT, RIGHT, Block, Cut, StackKey, cut, stack_blocks
 from shampoo_kernels.optim.layout import block_state, kept, moment_names
 
 # Bytes of one packed temporary: larger stacks are processed in parts of this size.
@@ -44,7 +44,7 @@ class Stack:
     kept: dict[str, str] = field(default_factory=dict)  # side: the state's name of `root`
     # side: (B,) int8, the RootStatus of the last refresh, -1 before; no part of the state
     status: dict[str, Tensor] = field(default_factory=dict)
-    place: int | None = None  # what turns go by, where it is not the number of the first block
+    place: int = 0  # of the first block, what turns go by: `turns.place_`
     first: int = 0
     total: int = 0
     complete: bool = False  # every block is known to have its roots or bases
@@ -55,6 +55,14 @@ class Stack:
 
     def dimension(self, side: str) -> int:
         return self.key.m if side == LEFT else self.key.n
+
+    def left_right(self) -> tuple[Tensor | None, Tensor | None]:
+        """The roots or bases in the dtype of the stack, None on a side without."""
+        left, right = self.root.get(LEFT), self.root.get(RIGHT)
+        return (
+            None if left is None else left.to(self.dtype),
+            None if right is None else right.to(self.dtype),
+        )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The state's name of each stack, and the stack."""
@@ -95,7 +103,6 @@ class Stack:
         return replace(
             self, blocks=self.blocks[part], steps=self.steps[part], statistic=statistic, root=root,
             extra=extra, status=status,
-            place=None if self.place is None else self.place + part.start,
         )  # fmt: skip
 
     def pieces(self, matrices: Matrices) -> list[Tensor]:

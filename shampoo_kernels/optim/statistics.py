@@ -1,22 +1,25 @@
 """The statistics L and R on stacks of blocks: what one gradient adds to them."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from shampoo_kernels.ops.gram_ema import gram_ema_
+from shampoo_kernels.chooser import choose_for
+from shampoo_kernels.ops.gram_ema import accumulate_
 from shampoo_kernels.ops.moments import bias
 from shampoo_kernels.ops.norms import block_norms, matrix_norms, per_block
-from shampoo_kernels.ops.precondition import precondition
+from shampoo_kernels.ops.precondition import apply_factors
+from shampoo_kernels.optim.batch import Batch
 from shampoo_kernels.optim.blocks import LEFT, RIGHT
 from shampoo_kernels.optim.stacks import Stack
 
 OTHER = {LEFT: RIGHT, RIGHT: LEFT}
 
 
-def update_(stack: Stack, grad: Tensor, moves: Tensor, group: dict) -> None:
-    """Add a gradient to L and R where moves (B,) is 1; bit for bit unchanged where it is 0.
+def update_(batch: Batch, grads: Sequence[Tensor], moves: Tensor, group: dict) -> None:
+    """Add gradients to L and R where moves (blocks,) is 1; bit for bit unchanged where it is 0.
 
     L <- beta L + (1 - beta) T, or with beta = 1 the running sum L <- L + T (Adagrad), where T is
 
@@ -32,14 +35,22 @@ def update_(stack: Stack, grad: Tensor, moves: Tensor, group: dict) -> None:
     W = I / n, X = I. "energy", where there is one, is the same average of ‖G‖², or with
     scale="least_squares" of <G, L G R> / (‖L‖ ‖R‖).
     """
-    keep, alpha = _weights(moves, group["shampoo_beta"])
+    numbers = (batch.split(x) for x in (moves, *_weights(moves, group["shampoo_beta"])))
+    for part, grad, move, keep, alpha in zip(batch.parts, grads, *numbers, strict=True):
+        _update_(part, grad, move, keep, alpha, group)
+
+
+def _update_(
+    stack: Stack, grad: Tensor, moves: Tensor, keep: Tensor, alpha: Tensor, group: dict
+) -> None:
     if group["statistic"] == "kl":
         _start_kl_(stack, grad, moves)
     terms = [(side, *_term(stack, side, grad, moves, group)) for side in stack.key.sides]
+    backend = choose_for("gram_ema_", stack.steps)
     for side, factor, scale, weight in terms:
-        gram_ema_(
-            stack.statistic[side], factor, keep, alpha * scale if scale != 1 else alpha,
-            side=side, weight=weight, precision=group["precision"],
+        accumulate_(
+            stack.statistic[side], factor if side == LEFT else factor.mT, weight, 0.0, 0.0, keep,
+            alpha * scale if scale != 1 else alpha, backend=backend, precision=group["precision"],
         )  # fmt: skip
     if "energy" in stack.extra:
         new = block_norms(grad).square()
@@ -118,8 +129,8 @@ def _whitened(stack: Stack, side: str, grad: Tensor, group: dict) -> Tensor:
         )
     else:
         known = factor[:, 0, 0] > 0
-    sides = (None, factor) if side == RIGHT else (factor.mT, None)
-    result, _ = precondition(grad, *sides, precision=group["precision"])
+    left, right = (None, factor) if side == RIGHT else (factor.mT, None)
+    result, _ = apply_factors(grad, left, right, group["precision"])
     rms = _rms(stack, grad)
     return torch.where(
         per_block(known), result, grad * per_block(torch.where(rms > 0, rms, 1).rsqrt())
@@ -132,6 +143,6 @@ def _alignment(stack: Stack, grad: Tensor, precision: str) -> Tensor:
         A / per_block(torch.where(norm > 0, norm, 1))
         for A, norm in ((A, matrix_norms(A)) for A in stack.statistic.values())
     )
-    result, _ = precondition(grad, left, right, precision=precision)
+    result, _ = apply_factors(grad, left, right, precision)
     rows = torch.linalg.vecdot(result, grad.to(result.dtype), dim=-1)
     return rows.double().sum(-1).to(result.dtype)

@@ -9,18 +9,22 @@ from shampoo_kernels.optim.stacks import Stack
 REFRESHES = ("staggered", "level", "together")
 
 
-def level_(stacks: Sequence[Sequence[Stack]], groups: Sequence[dict]) -> None:
-    """Give the stacks of groups with refresh="level" places that make the costliest step cheapest.
+def place_(stacks: Sequence[Sequence[Stack]], groups: Sequence[dict]) -> None:
+    """Give every stack the place of its first block, which turns go by.
 
-    Costly stacks come first within a group, groups one after the other; a block costs m³ + n³.
+    That is its number among all blocks with a factor, so that as many are due in every step. With
+    refresh="level" it makes the costliest step cheapest: costly stacks come first within a group,
+    groups one after the other; a block costs m³ + n³.
     """
-    load: dict[int, list[int]] = {}
+    position, load = 0, dict[int, list[int]]()
     for own, group in zip(stacks, groups, strict=True):
-        level, every = group["refresh"] == "level", group["refresh_every"]
-        for stack in sorted(own, key=_cost, reverse=True):
-            stack.place = None
-            if level:
-                stack.place = _level(stack, load.setdefault(every, [0] * every)) + stack.first
+        for stack in own:
+            stack.place = position + stack.first
+            position += stack.total if stack.key.sides else 0
+        if group["refresh"] == "level":
+            slots = load.setdefault(group["refresh_every"], [0] * group["refresh_every"])
+            for stack in sorted(own, key=_cost, reverse=True):
+                stack.place = _level(stack, slots) + stack.first
 
 
 def _cost(stack: Stack) -> int:
@@ -45,19 +49,17 @@ def _level(stack: Stack, slots: list[int]) -> int:
 
 
 def due(
-    part: Stack, steps: Sequence[int], group: dict, position: int
+    part: Stack, steps: Sequence[int], group: dict, place: int
 ) -> tuple[Sequence[int], set[int]]:
     """(the blocks of `part` to refresh in this step, those among them for the first time).
 
-    A block at `position` among all blocks takes its turn when the gradients seen by its parameter
-    leave the same rest, so that the same number is due in every step; positions, and with them
-    turns, move when a parameter with earlier blocks joins. `level_` gives other places. Out of turn
-    comes a block without root: on a CPU when it has a statistic to compute it from, on other
-    devices, where looking would mean waiting, when its parameter starts. "kl" needs roots for the
-    statistics, from the start.
+    A block at place i, the first one of `part` at `place`, takes its turn when the gradients seen
+    by its parameter leave the same rest as i; places (see `place_`), and with them turns, move when
+    a parameter with earlier blocks joins. Out of turn comes a block without root: on a CPU when it
+    has a statistic to compute it from, on other devices, where looking would mean waiting, when its
+    parameter starts. "kl" needs roots for the statistics, from the start.
     """
     every, count = group["refresh_every"], len(part.blocks)
-    position = position if part.place is None else part.place
     start = 1 if group["statistic"] == "kl" else group["start_step"]
     if not part.key.sides or max(steps[i] for i in part.parameters) < start:
         return (), set()
@@ -69,20 +71,20 @@ def due(
     if len(late) == count:
         return range(count), late
     return _in_turn(
-        own, late, start, every, None if group["refresh"] == "together" else position
+        own, late, start, every, None if group["refresh"] == "together" else place
     ), late
 
 
 def _in_turn(
-    own: Sequence[int], late: Iterable[int], start: int, every: int, position: int | None
+    own: Sequence[int], late: Iterable[int], start: int, every: int, place: int | None
 ) -> Sequence[int]:
-    """Whose turn it is at `own` steps, and the late ones; without a position all come at once."""
+    """Whose turn it is at `own` steps, and the late ones; without a place all come at once."""
     count = len(own)
     if len(set(own)) == 1 and not late:
-        if position is None:
+        if place is None:
             return range(0 if own[0] % every else count)
-        return range((own[0] - position) % every, count, every)
-    places = [0] * count if position is None else range(position, position + count)
+        return range((own[0] - place) % every, count, every)
+    places = [0] * count if place is None else range(place, place + count)
     turns = (own[i] >= start and (own[i] - places[i]) % every == 0 for i in range(count))
     return [i for i, turn in enumerate(turns) if turn or i in late]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shampoo_kernels.ops.moments import Averages, Entry, Rule, average_squares_, direction, moments_
 from shampoo_kernels.ops.norms import block_norms, per_block
+from shampoo_kernels.ops.precondition import apply_factors
 from shampoo_kernels.optim import eigenbasis, factors, statistics, turns
 from shampoo_kernels.optim.batch import Batch
 from shampoo_kernels.optim.stacks import Stack
@@ -20,8 +21,6 @@ class Inputs:
 
     weights: dict[int, Tensor]
     grads: dict[int, Tensor]  # of the parameters that have one; the others are left alone
-    exp_avgs: dict[int, Tensor]
-    exp_avg_sqs: dict[int, Tensor]  # of the parameters that have one
     steps: list[int]  # gradients seen, this one included
 
 
@@ -33,14 +32,13 @@ def step_(batch: Batch, inputs: Inputs, group: dict) -> None:
     """
     grads, moves = _gradients(batch, inputs, group)
     steps, rule = batch.count_(moves), _rule(batch, group)
-    by_part = list(zip(batch.parts, grads, batch.split(moves), strict=True))
     if batch.has_factors:
-        for part, grad, move in by_part:
-            statistics.update_(part, grad, move, group)
-    averages = _average_(batch, inputs, grads, moves, steps, rule, _asks(batch, rule))
+        statistics.update_(batch, grads, moves, group)
+    averages = _average_(batch, grads, moves, steps, rule, _asks(batch, rule))
     if batch.has_factors:
-        for (part, grad, move), position in zip(by_part, batch.positions, strict=True):
-            turn = turns.due(part, inputs.steps, group, position)
+        by_part = zip(batch.parts, grads, batch.split(moves), batch.places(), strict=True)
+        for part, grad, move, place in by_part:
+            turn = turns.due(part, inputs.steps, group, place)
             _refresh_(part, grad, move, turn, rule, group)
     _apply_(batch, inputs, averages, moves, steps, rule, group)
 
@@ -49,7 +47,7 @@ def follow_(batch: Batch, inputs: Inputs, group: dict) -> None:
     """Bring the moments of blocks along that another rank steps, from the same gradient."""
     grads, moves = _gradients(batch, inputs, group)
     steps = torch.ones_like(moves)  # which only the graft's step depends on
-    _average_(batch, inputs, grads, moves, steps, _rule(batch, group), wanted=False)
+    _average_(batch, grads, moves, steps, _rule(batch, group), wanted=False)
 
 
 def _rule(batch: Batch, group: dict) -> Rule:
@@ -72,7 +70,7 @@ def _gradients(batch: Batch, inputs: Inputs, group: dict) -> tuple[list[Tensor],
     """
     grads, moves = batch.gradients(inputs.grads, group["maximize"])
     if group["weight_decay"] and not group["decoupled_weight_decay"]:
-        weights = batch.pack(inputs.weights)
+        weights = batch.pack(batch.pieces(inputs.weights))
         grads = [G + group["weight_decay"] * W for G, W in zip(grads, weights, strict=True)]
         moves = moves * batch.join([block_norms(G).square() < math.inf for G in grads])
         grads = [
@@ -83,14 +81,12 @@ def _gradients(batch: Batch, inputs: Inputs, group: dict) -> tuple[list[Tensor],
 
 
 def _average_(
-    batch: Batch, inputs: Inputs, grads: list[Tensor], moves: Tensor, steps: Tensor, rule: Rule,
-    wanted: bool,
-) -> Averages:  # fmt: skip
-    entries = []
-    for part, grad in zip(batch.parts, grads, strict=True):
-        squared = part.parameters[0] in inputs.exp_avg_sqs
-        squares = part.pieces(inputs.exp_avg_sqs) if squared else None
-        entries.append(Entry(part.pieces(inputs.exp_avgs), squares, grad.to(part.dtype), wanted))
+    batch: Batch, grads: list[Tensor], moves: Tensor, steps: Tensor, rule: Rule, wanted: bool
+) -> Averages:
+    entries = [
+        Entry(exp_avgs, exp_avg_sqs, grad.to(batch.dtype), wanted)
+        for (exp_avgs, exp_avg_sqs), grad in zip(batch.averages, grads, strict=True)
+    ]
     return moments_(entries, moves, steps, rule)
 
 
@@ -124,9 +120,9 @@ def _apply_(
     if batch.has_factors and group["max_update_rms"] is not None:
         scale = _clipped(batch, updates, scale, group["max_update_rms"])
     lr = group["lr"]
-    rate = (lr.reshape(()) if isinstance(lr, Tensor) else lr) * moves
+    step = moves * -(lr.reshape(()) if isinstance(lr, Tensor) else lr)
     decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
-    batch.apply_(inputs.weights, 1 - rate * decay, -rate * scale, updates)
+    batch.apply_(inputs.weights, 1 + step * decay, step * scale, updates)
 
 
 def _started(part: Stack, inputs: Inputs, group: dict) -> bool:
@@ -154,22 +150,24 @@ def _by_roots(
     With a graft, scale * U has the norm of the graft's own step, and where a block has no root yet
     (U is 0), or its parameter has not started, it is that step.
     """
+    precision = group["precision"]
     found = [
-        factors.apply_roots(part, momentum, group["precision"])
+        apply_factors(momentum, *part.left_right(), precision=precision)
         if _started(part, inputs, group)
         else (momentum, torch.zeros_like(part.steps))
         for part, momentum in zip(batch.parts, averages.momenta, strict=True)
     ]
-    updates, norms = [update for update, _ in found], batch.join([norm for _, norm in found])
+    updates = [update for update, _ in found]
+    norms = batch.join([squared_norm for _, squared_norm in found]).sqrt()
     if rule.graft is None:
         return updates, torch.ones_like(steps)
     ready, scale = norms > 0, rule.root_bias(steps)
-    seen = [inputs.steps[block.parameter] for part in batch.parts for block in part.blocks]
-    if min(seen) < group["start_step"]:
+    if min(inputs.steps[i] for i in batch.parameters) < group["start_step"]:
+        seen = [inputs.steps[block.parameter] for part in batch.parts for block in part.blocks]
         started = torch.tensor([step >= group["start_step"] for step in seen], device="cpu")
         ready &= started.to(batch.device, non_blocking=True)
     if batch.device.type != "cpu" or not ready.all():  # elsewhere looking would mean waiting
-        own = averages.own if _asks(batch, rule) else _directions(batch, inputs, averages, rule)
+        own = averages.own if _asks(batch, rule) else _directions(batch, averages, rule)
         updates = [
             torch.where(per_block(here), update, step)
             for here, update, step in zip(batch.split(ready), updates, own, strict=True)
@@ -178,11 +176,11 @@ def _by_roots(
     return updates, torch.where(ready, scale * own_norms / norms, scale)
 
 
-def _directions(batch: Batch, inputs: Inputs, averages: Averages, rule: Rule) -> list[Tensor]:
+def _directions(batch: Batch, averages: Averages, rule: Rule) -> list[Tensor]:
     """The graft's steps of all parts."""
     if rule.graft == "sgd":
         return averages.momenta
-    squares = batch.pack(inputs.exp_avg_sqs)
+    squares = batch.pack([piece for _, pieces in batch.averages for piece in pieces or ()])
     return [
         direction(momentum, exp_avg_sq, part.steps, rule)
         for part, momentum, exp_avg_sq in zip(batch.parts, averages.momenta, squares, strict=True)

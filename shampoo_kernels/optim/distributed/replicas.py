@@ -33,26 +33,24 @@ class ReplicaPlan(Plan):
         runs = [share.runs(self.parameters, every[stack.key]) for stack in shared]
         self.buckets = buckets([stack.key for stack in shared], runs)
 
-    def step_(self, group: dict, position: int) -> int:
+    def step_(self, group: dict) -> None:
         inputs = self._inputs()
         coupled = group["weight_decay"] and not group["decoupled_weight_decay"]
         if coupled:  # the gradient holds the weights as they are before the step
             self._follow(inputs, group)
         gather = Gather(self.buckets, inputs.weights, self.team)
         for stack in self.stacks:
-            for batch in batches([stack], inputs.grads, position):
+            for batch in batches([stack], inputs.grads, self.moments):
                 step_(batch, inputs, group)
             if stack.key.sides:
-                position += stack.total
                 gather.ready(stack.key)
         if not coupled:  # while weights travel
             self._follow(inputs, group)
         gather.finish()
         self._write_back(inputs.weights, range(len(self.parameters)))
-        return position
 
     def _follow(self, inputs: Inputs, group: dict) -> None:
-        for batch in batches(self.others, inputs.grads, 0):
+        for batch in batches(self.others, inputs.grads, self.moments):
             follow_(batch, inputs, group)
 
 

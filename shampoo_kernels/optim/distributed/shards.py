@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_kernels.optim import stacks
-from shampoo_kernels.optim.batch import batches
+from shampoo_kernels.optim.batch import Moments, batches
 from shampoo_kernels.optim.blocks import Block, Cut, stack_blocks
 from shampoo_kernels.optim.distributed.exchange import Chunk, Swap, chunks, row_bounds
 from shampoo_kernels.optim.distributed.team import Share, Team
@@ -37,7 +37,6 @@ class Job:
     chunk: Chunk
     stack: Stack
     part: Stack
-    position: int  # of the first own block among all that have a factor in this group
     moments: list[int]
 
     def channels(self) -> list[tuple[torch.dtype, list[int]]]:
@@ -46,9 +45,6 @@ class Job:
         if dtype == self.part.dtype:
             return [(dtype, [WEIGHT, GRAD, *self.moments])]
         return [(dtype, [WEIGHT, GRAD]), (self.part.dtype, self.moments)]
-
-    def place(self) -> int | None:
-        return None if self.stack.place is None else self.stack.place + self.chunk.start
 
 
 class ShardPlan(Plan):
@@ -66,7 +62,7 @@ class ShardPlan(Plan):
         ]
         places = [(parameter.dtype, parameter.device) for parameter in self.parameters]
         every = stack_blocks(self.cuts, places)
-        self.jobs, self.count = [], 0
+        self.jobs = []
         for stack in self.stacks:
             if stack.key.sides:
                 runs = share.runs(self.parameters, every[stack.key])
@@ -74,28 +70,26 @@ class ShardPlan(Plan):
                 moments = [EXP_AVG, EXP_AVG_SQ] if squared else [EXP_AVG]
                 most = stacks.PART_BYTES // (4 * stack.dtype.itemsize)
                 for chunk in chunks(stack.key, runs, bounds, self.team.rank, most):
-                    self.jobs.append(_job(stack, chunk, self.count, moments))
-                self.count += stack.total
+                    self.jobs.append(_job(stack, chunk, moments))
         self.local = [stack for stack in self.stacks if not stack.key.sides]
         for i, one in enumerate(self.cuts):  # from global to own rows
             if one.sides:
                 rows = bounds[i][self.team.rank + 1] - bounds[i][self.team.rank]
                 self.shapes[i] = (rows, one.matrix[1])
 
-    def step_(self, group: dict, position: int) -> int:
+    def step_(self, group: dict) -> None:
         inputs = self._inputs()
         tensors: list[Matrices] = [
             inputs.weights,
             [self._gradient(inputs, i) for i in range(len(self.parameters))],
-            inputs.exp_avgs,
-            inputs.exp_avg_sqs,
+            *self.moments,
         ]
         visits = (Visit(job, tensors, self.team) for job in self.jobs)  # they set out when made
         here, leaving = next(visits, None), None
         while here is not None:
             here.wait()
             coming = next(visits, None)
-            here.step_(inputs, group, position)
+            here.step_(inputs, group)
             if leaving is not None:
                 leaving.wait()
             here.return_()
@@ -105,12 +99,11 @@ class ShardPlan(Plan):
         with self._of_one_mind(inputs) as finite:
             for stack in self.local:
                 if stack.key.n:
-                    for batch in batches([stack], inputs.grads, position):
+                    for batch in batches([stack], inputs.grads, self.moments):
                         step_(batch, inputs, group)
                 else:  # no rows of these parameters are here
                     stack.steps.add_(torch.stack([finite[b.parameter] for b in stack.blocks]))
         self._write_back(inputs.weights, range(len(self.parameters)))
-        return position + self.count
 
     def _cuts(self, group: dict) -> list[Cut]:
         """Global, but parameters without factors are one row of what is here."""
@@ -180,7 +173,7 @@ class Visit:
             swap.finish()
         self.swaps = []
 
-    def step_(self, inputs: Inputs, group: dict, position: int) -> None:
+    def step_(self, inputs: Inputs, group: dict) -> None:
         blocks = self.job.chunk.blocks
         if not blocks:
             return
@@ -190,11 +183,10 @@ class Visit:
         )
         present = [j for j, block in enumerate(blocks) if block.parameter in inputs.grads]
         steps = [inputs.steps[block.parameter] for block in blocks]
-        own = Inputs(
-            weights, {j: grads[j] for j in present}, exp_avgs, squares[0] if squares else {}, steps
-        )
-        part = replace(self.job.part, place=self.job.place())
-        for batch in batches([part], own.grads, position + self.job.position - part.first):
+        own = Inputs(weights, {j: grads[j] for j in present}, steps)
+        part = replace(self.job.part, place=self.job.stack.place + self.job.chunk.start)
+        moments = Moments(exp_avgs, squares[0] if squares else {})
+        for batch in batches([part], own.grads, moments):
             step_(batch, own, group)
 
     def return_(self) -> None:
@@ -219,10 +211,10 @@ class Visit:
         ]
 
 
-def _job(stack: Stack, chunk: Chunk, position: int, moments: list[int]) -> Job:
+def _job(stack: Stack, chunk: Chunk, moments: list[int]) -> Job:
     count, key = len(chunk.blocks), stack.key
     part = stack.part(slice(chunk.start, chunk.start + count))
     whole = slice(0, key.m), slice(0, key.n)
     blocks = [Block(j, block.index, *whole) for j, block in enumerate(chunk.blocks)]
     part = replace(part, blocks=blocks)
-    return Job(chunk, stack, part, position + stack.first + chunk.start, moments)
+    return Job(chunk, stack, part, moments)
