@@ -43,6 +43,7 @@ KERNELS = {
     "11pack_kernel": Intended(256, 64, 0),
     "unpack_apply_kernelIf": Intended(256, 64, 0),
     "unpack_apply_kernelId": Intended(256, 64, 0),
+    "write_table_kernel": Intended(256, 32, 0),
     "chunk_squares_kernel": Intended(256, 64, 128),
     "moments_kernelIf": Intended(256, 72, 128),
     "moments_kernelId": Intended(256, 96, 128),

@@ -2,6 +2,7 @@
 by the reference and the emulated product kernel, so that the first GPU meets no silly mistake."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import sys
@@ -10,7 +11,9 @@ import types
 from pathlib import Path
 
 import emulated_product
+import emulation
 import pytest
+import test_emulated_root
 import torch
 
 pytest.importorskip("triton")
@@ -274,6 +277,27 @@ def test_checks_of_pieces(checks, monkeypatch):
     pieces.check_pack_finite(60)
     for dtype in (torch.float32, torch.float64):
         pieces.check_moments(60, dtype)
+
+
+@emulation.needs_compiler
+@pytest.mark.skipif(native.lib is None, reason="no native kernels")
+def test_checks_of_small_matrices(checks, monkeypatch, tmp_path):
+    """The roots by inverse_root.cu in emulation, the others by the CPU's kernels."""
+    load("gpu_checks_pieces", monkeypatch)
+    own = load("gpu_checks_native", monkeypatch)
+    monkeypatch.setattr(own, "DEVICE", "cpu")
+    program = emulation.build(tmp_path, "inverse_root")
+    root_of = functools.partial(test_emulated_root.root_of, program)
+    monkeypatch.setattr(own, "small_root", root_of)
+    lib = types.SimpleNamespace(inverse_root_small_bytes=lambda *of: 0)
+    monkeypatch.setattr(own, "native", types.SimpleNamespace(lib=lib))
+    monkeypatch.setattr(own.small, "_limit", lambda device: 1 << 20)
+    for dtype, tensor_cores in ((torch.float32, False), (torch.float32, True),
+                                (torch.float64, False)):  # fmt: skip
+        own.check_small_root(5, dtype, tensor_cores)
+    for dtype in (torch.float32, torch.float64):
+        own.check_bound_and_power(33, dtype)
+        own.check_basis(33, dtype)
 
 
 @pytest.mark.skipif(native.lib is None, reason="no native kernels")
