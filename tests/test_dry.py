@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from shampoo_kernels import native, orthogonalize
+from shampoo_kernels import inverse_root, native, orthogonalize
 from shampoo_kernels.kernels import gram_ema, table
 from shampoo_kernels.kernels import product as product_module
 
@@ -312,6 +312,15 @@ def test_benchmarks_of_pieces(bench, monkeypatch):
         assert "3 pieces" in row["case"]
         assert row["floor"] > 0
         assert row["error"] < 1e-6
+    monkeypatch.setattr(
+        own, "small_root",
+        lambda A, p, ridge, form: inverse_root(A, p, ridge=ridge, method="newton"),
+    )  # fmt: skip
+    roots = own.bench_small_root(16, 12, 2, 1e-6, rate)
+    assert {"ours", "same schedule, bmm", "coupled Newton, bmm"} <= set(roots["milliseconds"])
+    rows += [roots, own.bench_power(4, 33, rate), own.bench_basis(4, 33, rate)]
+    for row in rows:
+        assert row["error"] < 0.05, row
         assert all(value is not None for value in row["milliseconds"].values()), row
 
 
