@@ -156,7 +156,7 @@ def bench_basis(batch: int, n: int, rate: dict[str, float]) -> dict:
         "ours": [under("native", call)], "torch": [eager(under("reference", call))],
     })  # fmt: skip
     new = under("native", call)()[1]  # type: ignore[index]
-    error = (new.mT @ new - torch.eye(n, device="cuda")).abs().max().item()
+    error = (new.mT @ new - torch.eye(n, device=DEVICE)).abs().max().item()
     return {"case": f"orthogonal_iteration {batch} x {n}²", "milliseconds": found,
             "floor": None, "error": error}  # fmt: skip
 

@@ -61,6 +61,7 @@ STABLE_TORCH_LIBRARY(shampoo_kernels_native, m) {
       "Tensor(b!) basis) -> ()");
   // Tables as in ops/pack.py, of pointers that the caller answers for.
   m.def("pack_(Tensor pieces, Tensor chunks) -> ()");
+  m.def("write_table_(Tensor(a!) to, Tensor from) -> ()");  // CUDA alone; from: on the CPU
   m.def("pack_finite_(Tensor pieces, Tensor chunks, bool negate) -> Tensor");
   m.def(
       "moments_(Tensor pieces, Tensor chunks, Tensor moves, Tensor steps, float beta1, "

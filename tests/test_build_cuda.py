@@ -43,6 +43,7 @@ KERNELS = {
     "11pack_kernel": Intended(256, 64, 0),
     "unpack_apply_kernelIf": Intended(256, 64, 0),
     "unpack_apply_kernelId": Intended(256, 64, 0),
+    "write_table_kernel": Intended(256, 32, 0),
     "chunk_squares_kernel": Intended(256, 64, 128),
     "moments_kernelIf": Intended(256, 72, 128),
     "moments_kernelId": Intended(256, 96, 128),
@@ -158,3 +159,13 @@ def test_cuda_on_any_torch(tmp_path):
     assert project.answer() in (0, 1), "imports; where there is no driver, the launch fails"
     (report,) = (project.root / "build").glob("native-*-cuda/ptxas.txt")
     assert "nothing" in report.read_text()
+
+    output = project.build(SHAMPOO_KERNELS_CUDA="1", TORCH_CUDA_ARCH_LIST="")
+    known = subprocess.check_output([NVCC, "--list-gpu-arch"], text=True)
+    default = [arch for arch in ("80", "90a", "100a") if f"compute_{arch.rstrip('a')}\n" in known]
+    codes = [f"compute_{arch},code=sm_{arch}" for arch in default]
+    codes.append("compute_{0},code=compute_{0}".format(default[-1].rstrip("a")))
+    assert re.findall(r"-gencode=arch=(\S+)", output) == codes
+    assert len(re.findall(r"Function properties for \w*nothing", report.read_text())) == len(
+        default
+    )

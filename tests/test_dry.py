@@ -2,6 +2,7 @@
 by the reference and the emulated product kernel, so that the first GPU meets no silly mistake."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import sys
@@ -10,12 +11,14 @@ import types
 from pathlib import Path
 
 import emulated_product
+import emulation
 import pytest
+import test_emulated_root
 import torch
 
 pytest.importorskip("triton")
 
-from shampoo_kernels import native, orthogonalize
+from shampoo_kernels import inverse_root, native, orthogonalize
 from shampoo_kernels.kernels import gram_ema, table
 from shampoo_kernels.kernels import product as product_module
 
@@ -276,6 +279,27 @@ def test_checks_of_pieces(checks, monkeypatch):
         pieces.check_moments(60, dtype)
 
 
+@emulation.needs_compiler
+@pytest.mark.skipif(native.lib is None, reason="no native kernels")
+def test_checks_of_small_matrices(checks, monkeypatch, tmp_path):
+    """The roots by inverse_root.cu in emulation, the others by the CPU's kernels."""
+    load("gpu_checks_pieces", monkeypatch)
+    own = load("gpu_checks_native", monkeypatch)
+    monkeypatch.setattr(own, "DEVICE", "cpu")
+    program = emulation.build(tmp_path, "inverse_root")
+    root_of = functools.partial(test_emulated_root.root_of, program)
+    monkeypatch.setattr(own, "small_root", root_of)
+    lib = types.SimpleNamespace(inverse_root_small_bytes=lambda *of: 0)
+    monkeypatch.setattr(own, "native", types.SimpleNamespace(lib=lib))
+    monkeypatch.setattr(own.small, "_limit", lambda device: 1 << 20)
+    for dtype, tensor_cores in ((torch.float32, False), (torch.float32, True),
+                                (torch.float64, False)):  # fmt: skip
+        own.check_small_root(5, dtype, tensor_cores)
+    for dtype in (torch.float32, torch.float64):
+        own.check_bound_and_power(33, dtype)
+        own.check_basis(33, dtype)
+
+
 @pytest.mark.skipif(native.lib is None, reason="no native kernels")
 def test_benchmarks_of_pieces(bench, monkeypatch):
     load("gpu_checks_native", monkeypatch)
@@ -288,6 +312,15 @@ def test_benchmarks_of_pieces(bench, monkeypatch):
         assert "3 pieces" in row["case"]
         assert row["floor"] > 0
         assert row["error"] < 1e-6
+    monkeypatch.setattr(
+        own, "small_root",
+        lambda A, p, ridge, form: inverse_root(A, p, ridge=ridge, method="newton"),
+    )  # fmt: skip
+    roots = own.bench_small_root(16, 12, 2, 1e-6, rate)
+    assert {"ours", "same schedule, bmm", "coupled Newton, bmm"} <= set(roots["milliseconds"])
+    rows += [roots, own.bench_power(4, 33, rate), own.bench_basis(4, 33, rate)]
+    for row in rows:
+        assert row["error"] < 0.05, row
         assert all(value is not None for value in row["milliseconds"].values()), row
 
 

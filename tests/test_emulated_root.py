@@ -253,3 +253,12 @@ def test_a_planted_fault_is_found(name, tmp_path):
     result = emulation.start(program, *short(SHORT[case]))
     assert result.returncode != 0
     assert words in result.stderr.decode()
+
+
+def test_shared_memory_that_is_not_set_is_found(tmp_path):
+    """It is full of NaN: here the padding of n = 17, which tensor cores multiply too."""
+    right = "at < 3 * size; at += blockDim.x) X[at] = 0;"
+    csrc = emulation.planted(tmp_path, "inverse_root.cu", right, right.replace(" = 0;", ";"))
+    program = emulation.build(tmp_path, "inverse_root", csrc=csrc, flags=(*emulation.PLAIN, "-w"))
+    _, _, status = root_of(program, torch.eye(17)[None], 2, tensor_cores=True)
+    assert status.tolist() == [3]

@@ -246,18 +246,67 @@ def test_a_planted_overrun_is_found(tmp_path):
         Emulated(program, [torch.ones(4, 4)], [torch.ones(1, 4, 4)]).pack_()
 
 
-def test_a_graph_being_captured_holds_no_table(monkeypatch):
-    monkeypatch.setattr(pack, "choose_for", lambda *asked: "native")
-    on_gpu = types.SimpleNamespace(is_cuda=True)
-    for capturing in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
-        assert pack.native(on_gpu) == (not capturing)
+@emulation.needs_compiler
+@pytest.mark.parametrize("flags", [emulation.PLAIN, emulation.ADDRESSES], ids=["", "bounds"])
+def test_a_table_by_the_arguments_of_kernels(tmp_path, flags):
+    program = emulation.build(tmp_path, "table", flags)
+    for count in (0, 1, 447, 448, 449, 1300):
+        table = torch.arange(count, dtype=torch.int64) * 2**40 - 7
+        shape = torch.int64, (count,)
+        written = emulation.call(program, torch.float64, (count,), emulation.raw(table), shape)[0]
+        assert torch.equal(written, table)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """As while a CUDA graph is captured, on the CPU; the tables that were written."""
+    written = []
+
+    def write(to, table):
+        assert table.is_cpu
+        assert to.dtype == table.dtype == torch.int64
+        written.append(to.copy_(table))
+
+    monkeypatch.setattr(pack, "capturing", lambda device: True)
+    monkeypatch.setattr(torch.ops.shampoo_kernels_native, "write_table_", write, raising=False)
+    return written
+
+
+@pytest.mark.skipif(native.lib is None, reason="no native kernels")
+def test_a_captured_graph_has_tables_of_its_own(captured, monkeypatch):
+    """The same ones, made anew for every launch and never kept for one outside of the graph."""
+    sizes = (3, 5), (2, 9000), (0, 4), (1, 8192), (4, 0), (1, 8193)
+    data = [ordinary(m, n, dtype=torch.float32) for m, n in sizes]
+    stacks = [torch.empty_like(x)[None] for x in data]
+    made = Pieces(data, stacks)
+    tables = made.table
+    assert [tuple(x.shape) for x in captured] == [(len(data), 8), (2, len(data))]
+    assert made.table[0] is not tables[0]
+    with use_backend("native"):
+        made.pack_()
+    assert len(captured) == 6
+    check_same(places(stacks), data)
+    with monkeypatch.context() as outside:
+        outside.setattr(pack, "capturing", lambda device: False)
+        own = made.table
+        assert made.table[0] is own[0]
+        for ours, theirs in zip(tables, own, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)  # dtype, shape, numbers
+    assert made.table[0] is not own[0]
+
+
+def test_capturing_is_asked_of_gpus_alone(monkeypatch):
+    for now in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=now: now)
+        assert pack.capturing(torch.device("cuda", 0)) == now
+        assert not pack.capturing(torch.device("cpu"))
 
 
 def test_tables_of_chunks_stay_on_their_stream(monkeypatch):
     """On another one the copy to the device might not be there yet."""
     device, streams = torch.device("cuda", 0), [1, 1, 2]
     monkeypatch.setattr(pack, "_move", lambda table, device: table)
+    monkeypatch.setattr(pack, "capturing", lambda device: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(
         cuda_stream=streams.pop(0)))  # fmt: skip
     first, same, other = (pack.chunks((8193, 0, 5), device) for _ in range(3))

@@ -1,6 +1,7 @@
 """The steps that a small matrix may leave out, and which matrices the one-launch kernels take."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -53,3 +54,22 @@ def test_nothing_on_a_cpu_goes_to_them():
     assert not small.takes_root(A)
     assert not small.takes_basis(A)
     assert not small.takes_power(A, 16)
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "vectors", "kilobytes"),
+    [(1024, torch.float32, 16, 99), (1024, torch.float64, 16, 163), (9, torch.float64, 40, 99)],
+)
+def test_power_iterations_that_fit(monkeypatch, n, dtype, vectors, kilobytes):
+    """n vectors at most count; 16, and 1024 rows, are what a thread block holds."""
+
+    def takes(n, vectors, limit=kilobytes << 10):
+        monkeypatch.setattr(small, "_limit", lambda device: limit)
+        A = types.SimpleNamespace(shape=(4, n, n), device=None, is_cuda=True, numel=lambda: 4,
+                                  element_size=lambda: dtype.itemsize)  # fmt: skip
+        return small.takes_power(A, vectors)
+
+    assert takes(n, vectors)
+    assert not takes(n, vectors, limit=n * 16 * dtype.itemsize + small._STATIC)
+    assert not takes(1025, vectors)
+    assert not takes(n + 16, max(vectors, 17))

@@ -83,6 +83,20 @@ void pack_(Tensor pieces, Tensor chunks) {
   shampoo::check_launch("pack_", shampoo::pack_cuda(table, here.stream));
 }
 
+void write_table_(Tensor to, Tensor from) {
+  const char* op = "write_table_";
+  shampoo::check_cpu(op, "from", from, to.dim());
+  for (int64_t d = 0; d < to.dim(); ++d) shampoo::check_size(op, "from", from, d, to.size(d));
+  for (const Tensor* table : {&to, &from}) {
+    shampoo::check_same_dtype(op, "a table", *table, ScalarType::Long);
+    STD_TORCH_CHECK(table->is_contiguous(), op, ": tables must be contiguous");
+  }
+  STD_TORCH_CHECK(!to.is_cpu(), op, ": to must be on a GPU");
+  const shampoo::OnDevice here(to);
+  shampoo::check_launch(op, shampoo::write_table_cuda(from.const_data_ptr<int64_t>(), from.numel(),
+                                                      to.mutable_data_ptr<int64_t>(), here.stream));
+}
+
 // Room for a number of every chunk, (chunks,).
 Tensor sums_of(const Tensor& chunks) {
   return torch::stable::new_empty(chunks, {chunks.size(0)}, ScalarType::Double);
@@ -135,6 +149,7 @@ STABLE_TORCH_LIBRARY_IMPL(shampoo_kernels_native, CUDA, m) {
   m.impl("power_iteration", TORCH_BOX(&power_iteration));
   m.impl("orthogonal_iteration_", TORCH_BOX(&orthogonal_iteration_));
   m.impl("pack_", TORCH_BOX(&pack_));
+  m.impl("write_table_", TORCH_BOX(&write_table_));
   m.impl("pack_finite_", TORCH_BOX(&pack_finite_));
   m.impl("moments_", TORCH_BOX(&moments_));
   m.impl("unpack_apply_", TORCH_BOX(&unpack_apply_));

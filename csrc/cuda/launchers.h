@@ -68,4 +68,8 @@ template <class T>
 cudaError_t moments_cuda(const MomentTable& table, const MomentRule& rule, const T* moves,
                          const T* steps, double* sums, double* squares, cudaStream_t stream);
 
+// to[i] <- from[i] for i < count, `from` being host memory, which is free on return; may be
+// captured in a CUDA graph, which then holds the numbers.
+cudaError_t write_table_cuda(const int64_t* from, int64_t count, int64_t* to, cudaStream_t stream);
+
 }  // namespace shampoo

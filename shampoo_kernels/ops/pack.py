@@ -5,6 +5,7 @@ and strides, and apply the preconditioned blocks to the weights.
 """
 
 import functools
+import itertools
 import math
 from array import array
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,8 @@ class Pieces:
 
     All on one device. The table of pointers is made when it is first needed and reaches the device
     without a synchronisation; it holds for as long as the tensors keep their memory, which this
-    object keeps alive. No piece may overlap another or a stack.
+    object keeps alive. A CUDA graph holds tables of its own, and needs the tensors alone to stay.
+    No piece may overlap another or a stack.
 
     Raises:
         TypeError: a dtype that is not float64, float32, bfloat16 or float16; ValueError: shapes
@@ -42,6 +44,7 @@ class Pieces:
 
     def __init__(self, data: Sequence[Tensor], stacks: Sequence[Tensor]):
         self.data, self.stacks = list(data), list(stacks)
+        self._table: tuple[Tensor, Tensor] | None = None
         places = sum(stack.shape[0] for stack in self.stacks)
         if len(self.data) != places:
             raise ValueError(f"{_OP}: got {len(self.data)} pieces and {places} places for them")
@@ -58,9 +61,16 @@ class Pieces:
             yield stack, self.data[start:stop]
             start = stop
 
-    @functools.cached_property
+    @property
     def table(self) -> tuple[Tensor, Tensor]:
         """Piece and PieceChunk of kernels.h: int64 (pieces, 8), int32 (chunks, 2)."""
+        if self.stacks and capturing(self.stacks[0].device):  # what is captured has not run yet
+            return self._make_table()
+        if self._table is None:
+            self._table = self._make_table()
+        return self._table
+
+    def _make_table(self) -> tuple[Tensor, Tensor]:
         numbers = array("q")
         counts: list[int] = []
         for stack, pieces in self._by_stack():
@@ -148,16 +158,19 @@ class Pieces:
 
 
 def native(tensor: Tensor) -> bool:
-    """Whether the native kernels take pieces on the device of this tensor.
+    """Whether the native kernels take pieces on the device of this tensor."""
+    return choose_for(_OP, tensor, torch.float32) == "native"
 
-    Not where a CUDA graph is being captured: it would hold a table that is gone when it is run.
-    """
-    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not capturing and choose_for(_OP, tensor, torch.float32) == "native"
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """PieceChunk of kernels.h for pieces of so many elements: int32 (chunks, 2)."""
+    if capturing(device):
+        return _captured_chunks(sizes, device)
     cuda = device.type == "cuda"
     return _chunks(sizes, device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
 
@@ -169,6 +182,17 @@ def _chunks(sizes: tuple[int, ...], device: torch.device, stream: int) -> Tensor
     return _move(torch.tensor(found, dtype=torch.int32, device="cpu").view(-1, 2), device)
 
 
+def _captured_chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made on the device from where every piece starts: a graph has no memory of the host's."""
+    counts = [-(-size // _CHUNK) for size in sizes]
+    ends = list(itertools.accumulate(counts))
+    starts = [end - count for end, count in zip(ends, counts, strict=True)]
+    places = on_device(array("q", starts + ends), len(sizes), device)
+    chunk = torch.arange(sum(counts), device=device)
+    piece = torch.searchsorted(places[1], chunk, right=True)
+    return torch.stack((piece, chunk - places[0].index_select(0, piece)), 1).int()
+
+
 def on_device(numbers: array, columns: int, device: torch.device) -> Tensor:
     """A table of int64 (rows, columns), row by row; from an array, of which no number is an object
     by itself, in a third of the time that torch.tensor takes for a list."""
@@ -178,6 +202,10 @@ def on_device(numbers: array, columns: int, device: torch.device) -> Tensor:
 
 
 def _move(table: Tensor, device: torch.device) -> Tensor:
+    if capturing(device):
+        result = torch.empty_like(table, device=device)
+        torch.ops.shampoo_kernels_native.write_table_(result, table)
+        return result
     if device.type == "cpu":
         return table
     return table.pin_memory().to(device, non_blocking=True)
