@@ -41,7 +41,9 @@ inline void check_inverse_root(const char* op, const Tensor& A, double p, double
   check_square_floats(op, A);
   const int64_t blocks = A.size(0), n = A.size(1);
   const ScalarType dtype = A.scalar_type();
-  check_like(op, "root", root, A, dtype, {blocks, n, n}, true);
+  check_like(op, "root", root, A, dtype, {blocks, n, n}, false);
+  STD_TORCH_CHECK(n <= 1 || (root.stride(2) == 1 && root.stride(1) == n), op,
+                  ": the matrices of root must be contiguous");
   if (previous) check_like(op, "previous", *previous, A, dtype, {blocks, n, n}, false);
   check_like(op, "residual", residual, A, dtype, {blocks}, true);
   check_like(op, "status", status, A, ScalarType::Char, {blocks}, true);
@@ -72,6 +74,7 @@ InverseRoot<T> inverse_root_of(const Tensor& A, double p, double ridge,
           stride(1),
           stride(2),
           root.mutable_data_ptr<T>(),
+          root.stride(0),
           residual.mutable_data_ptr<T>(),
           status.mutable_data_ptr<int8_t>()};
 }

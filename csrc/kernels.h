@@ -107,7 +107,8 @@ struct InverseRoot {
   double ridge;       // >= 0
   const T* previous;  // (blocks, n, n) or null: what a block that has no root keeps
   int64_t previous_block_stride, previous_row_stride, previous_column_stride;
-  T* root;         // (blocks, n, n) contiguous; may be previous, may not overlap A
+  T* root;  // (blocks, n, n), each contiguous; may be previous, may not overlap A
+  int64_t root_block_stride;
   T* residual;     // (blocks,)
   int8_t* status;  // (blocks,): RootStatus
 };

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shampoo_kernels.ops import roots, small
-from shampoo_kernels.schedules import reaches
+from shampoo_kernels.schedules import in_squares, reaches
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -15,7 +15,7 @@ from shampoo_kernels.schedules import reaches
 @pytest.mark.parametrize("floor", [1e-2, 1e-6])
 def test_a_matrix_within_reach_of_a_step_may_start_there(floor, p, dtype):
     """Whatever step it starts at, every eigenvalue within reach ends where the schedule does."""
-    steps = roots.schedule("newton", floor, p, dtype, 2)
+    steps = roots.schedule("newton", floor, p, dtype)
     reach = reaches(steps, floor, p)
     assert len(reach) == len(steps)
     assert reach[-1] > 0
@@ -30,13 +30,13 @@ def test_a_matrix_within_reach_of_a_step_may_start_there(floor, p, dtype):
 
 def test_steps_with_reach_are_the_schedule():
     table = roots.steps_with_reach(1e-4, 3, torch.float32)
-    steps = roots.schedule("newton", 1e-4, 3, torch.float32, 2)
-    assert table.shape == (len(steps), 4)
-    assert table[0, 3] == math.inf
+    steps = roots.schedule("newton", 1e-4, 3, torch.float32)
+    assert table.shape == (len(steps), 6)
+    assert table[0, 5] == math.inf
     for row, step in zip(table.tolist(), steps, strict=True):
-        assert row[: len(step)] == list(step)
-        assert not any(row[len(step) : 3])
-    assert (table[1:, 3].diff() <= 0).all()
+        assert row[: len(step)] == list(in_squares(step))
+        assert not any(row[len(step) : 5])
+    assert (table[1:, 5].diff() <= 0).all()
 
 
 def test_forms():

@@ -98,7 +98,7 @@ struct ScaledBlock {
 template <class T>
 RootStatus fall_back(const InverseRoot<T>& problem, const ScaledBlock<T>& scaled, int64_t b) {
   const int64_t n = problem.A.n;
-  T* root = problem.root + b * n * n;
+  T* root = problem.root + b * problem.root_block_stride;
   if (problem.previous) {
     const T* previous = problem.previous + b * problem.previous_block_stride;
     const int64_t rows = problem.previous_row_stride, columns = problem.previous_column_stride;
@@ -135,7 +135,7 @@ void write_root(const InverseRoot<T>& problem, const ScaledBlock<T>& scaled, int
   const int64_t n = problem.A.n;
   RootStatus status = RootStatus::kConverged;
   if (is_root) {
-    std::copy(root, root + n * n, problem.root + b * n * n);
+    std::copy(root, root + n * n, problem.root + b * problem.root_block_stride);
   } else {
     status = fall_back(problem, scaled, b);
   }

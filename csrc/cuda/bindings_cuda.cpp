@@ -30,8 +30,8 @@ shampoo::RootSteps<T> root_steps(const Tensor& steps, int64_t p) {
   found.count = int(steps.size(0));
   found.p = uint32_t(p);
   const double* rows = steps.const_data_ptr<double>();
-  for (int i = 0; i < found.count; ++i, rows += 4) {
-    found.step[i] = {T(rows[0]), T(rows[1]), T(rows[2]), T(rows[3])};
+  for (int i = 0; i < found.count; ++i, rows += 6) {
+    found.step[i] = {T(rows[0]), T(rows[1]), T(rows[2]), T(rows[3]), T(rows[4]), T(rows[5])};
   }
   return found;
 }
@@ -41,7 +41,7 @@ void inverse_root_small_(Tensor A, int64_t p, double ridge, Tensor steps, bool t
                          Tensor status) {
   const char* op = "inverse_root_small_";
   shampoo::check_inverse_root(op, A, double(p), ridge, previous, root, residual, status);
-  shampoo::check_steps(op, steps, ScalarType::Double, 4, p);
+  shampoo::check_steps(op, steps, ScalarType::Double, 6, p);
   constexpr int64_t kMost = shampoo::RootSteps<float>::kMost;
   STD_TORCH_CHECK(steps.size(0) <= kMost, op, ": steps must be at most ", kMost);
   const shampoo::OnDevice here(A);

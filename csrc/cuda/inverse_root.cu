@@ -93,6 +93,11 @@ __device__ Distance<T> shift(T* M, int n, int leading, T scale, T shift) {
 template <class T, class Product>
 __device__ void polynomial(const Product& product, const T* M, T* H, int n, int leading,
                            const typename RootSteps<T>::Step& h) {
+  if (h.s != 0) {
+    product(M, M, H, {h.t, h.s, 1, M});
+    product(H, H, H, {h.a, h.b, h.c, M});
+    return;
+  }
   if (h.c != 0) {
     product(M, M, H, {h.a, h.b, h.c, M});
     return;
@@ -148,7 +153,7 @@ template <class T>
 __device__ RootStatus fall_back(const InverseRoot<T>& problem, int64_t b,
                                 const ScaledMatrix<T>& scaled, WarpScratch<T>& scratch) {
   const int n = static_cast<int>(problem.A.n);
-  T* root = problem.root + b * n * n;
+  T* root = problem.root + b * problem.root_block_stride;
   if (problem.previous != nullptr) {
     const T* previous = problem.previous + b * problem.previous_block_stride;
     const int64_t rows = problem.previous_row_stride, columns = problem.previous_column_stride;
@@ -179,7 +184,7 @@ __device__ bool write(const InverseRoot<T>& problem, int64_t b, const T* X, int 
   }
   const bool nonzero = block_reduce<Max>(diagonal, scratch.numbers) > 0;
   if (!all_finite(X, n, leading, 1, factor, scratch.numbers) || !nonzero) return false;
-  T* root = problem.root + b * n * n;
+  T* root = problem.root + b * problem.root_block_stride;
   for (int at = threadIdx.x; at < n * n; at += blockDim.x) {
     root[at] = factor * X[at / n * leading + at % n];
   }

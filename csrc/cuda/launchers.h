@@ -21,7 +21,7 @@ template <class T>
 struct RootSteps {
   // A matrix with |M - I|_F <= reach needs no step before this one; that of the first is infinite.
   struct Step {
-    T a, b, c, reach;
+    T a, b, c, s, t, reach;  // as in NewtonSchedule
   };
   static constexpr int kMost = 48;
   Step step[kMost];

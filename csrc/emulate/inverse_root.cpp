@@ -1,5 +1,5 @@
 // inverse_root.cu on threads: inverse_root float|double blocks n p tensor_cores steps keeps
-// in_place < ridge (double), steps (rows of four), A (blocks, n, n), and if `keeps` previous
+// in_place < ridge (double), steps (rows of six), A (blocks, n, n), and if `keeps` previous
 // (blocks, n, n), which with `in_place` the root is written over > root, residual, status, all raw.
 // inverse_root float|double n tensor_cores > the bytes of shared memory that n takes, int64.
 #include "cuda/inverse_root.cu"
@@ -16,7 +16,7 @@ int run(const std::vector<int64_t>& values) {
   const int64_t blocks = values[0], n = values[1], p = values[2], count = values[4];
   const bool keeps = values[5] != 0, in_place = values[6] != 0;
   const double ridge = emulate::read<double>(1)[0];
-  const auto coefficients = emulate::read<T>(4 * count);
+  const auto coefficients = emulate::read<T>(6 * count);
   const auto A = emulate::read<T>(blocks * n * n);
   auto previous = emulate::read<T>(keeps ? blocks * n * n : 0);
   std::vector<T> fresh(in_place ? 0 : blocks * n * n), residual(blocks);
@@ -27,8 +27,8 @@ int run(const std::vector<int64_t>& values) {
   steps.count = int(count);
   steps.p = uint32_t(p);
   for (int i = 0; i < count; ++i) {
-    const T* c = &coefficients[4 * i];
-    steps.step[i] = {c[0], c[1], c[2], c[3]};
+    const T* c = &coefficients[6 * i];
+    steps.step[i] = {c[0], c[1], c[2], c[3], c[4], c[5]};
   }
   const shampoo::InverseRoot<T> problem{{A.data(), blocks, n, n * n, n, 1},
                                         double(p),
@@ -38,6 +38,7 @@ int run(const std::vector<int64_t>& values) {
                                         n,
                                         1,
                                         root.data(),
+                                        n * n,
                                         residual.data(),
                                         status.data()};
   if (shampoo::inverse_root_small_cuda(problem, steps, values[3] != 0, nullptr)) return 1;

@@ -78,7 +78,7 @@ def compute(
     results = (root, residual, status)
     newton = method == "newton" and A.dtype == torch.float32
     if backend == "native" and method == "newton" and small.takes_root(A):
-        dense = root if root.is_contiguous() else root.contiguous()
+        dense = root if _lie_in_rows(root) else root.contiguous()
         steps = steps_with_reach(floor, int(p), A.dtype)
         torch.ops.shampoo_kernels_native.inverse_root_small_(
             A, int(p), ridge, steps, small.tensor_cores(A.shape[-1], A.dtype), previous,
@@ -87,7 +87,7 @@ def compute(
         if dense is not root:
             root.copy_(dense)
     elif backend == "native" and A.device.type == "cpu" and (newton or method == "eigh"):
-        dense = root if root.is_contiguous() else root.contiguous()
+        dense = root if _lie_in_rows(root) else root.contiguous()
         native, rest = torch.ops.shampoo_kernels_native, (previous, dense, residual, status)
         if newton:
             native.inverse_root_newton_(A, int(p), ridge, native_steps(floor, int(p)), *rest)
@@ -125,6 +125,11 @@ def _in_chunks(
         kept = previous[0][part] if previous else None
         results = [result[part] for result in outputs]
         by_iteration(method, A[part], p, ridge, floor, kept, *results, precision=precision)
+
+
+def _lie_in_rows(stack: Tensor) -> bool:
+    """Is every matrix contiguous?"""
+    return stack.stride(-1) == 1 and stack.stride(-2) == stack.shape[-1]
 
 
 @functools.lru_cache(maxsize=64)
@@ -174,7 +179,7 @@ def by_iteration(
 
 @functools.lru_cache(maxsize=256)
 def schedule(
-    method: str, floor: float, p: int, dtype: torch.dtype, highest: int = 4
+    method: str, floor: float, p: int, dtype: torch.dtype
 ) -> tuple[Step, ...]:
     """The minimax steps that take the fewest products in the M-form, and of those the largest
     cushion; for the M-form one of at least 0.002^(1/p), because s = cushion is M = cushion^p, all
@@ -182,7 +187,7 @@ def schedule(
     (bf16 operands at floor 1e-3: residual 0.055 against 0.048), and a step more than needed can
     make it diverge with p = 4: at most 0.3 for it.
 
-    The M-form takes steps up to degree `highest`. Those of degree 4 cost a product more than
+    The M-form takes steps up to degree 4. Those of degree 4 cost a product more than
     those of degree 2 and make e^5 of an error e instead of e^3, in the middle: p = 2 takes 16
     products at 1e-4 (degree 2 alone: 21), 23 at 1e-6 (25), p = 4 24 at 1e-6 (31). Rounding does
     what it did, with equal cushions (n = 33 to 128, families of tests/matrices.py); schedules that
@@ -194,11 +199,10 @@ def schedule(
     input, is below its limit.
     """
     tolerance = 1e-7 if dtype == torch.float32 else 1e-14
-    held = 0.001 if highest == 2 else 0.002
-    least, most = (min(held ** (1 / p), 0.9), 0.9) if method == "newton" else (0.0, 0.3)
+    least, most = (min(0.002 ** (1 / p), 0.9), 0.9) if method == "newton" else (0.0, 0.3)
     cushions = [c for c in _CUSHIONS if least <= c <= most]
     sequences = [(1,), (2,)]
-    if method == "newton" and highest == 4:
+    if method == "newton":
         sequences += _SEQUENCES
 
     def make(degrees: Sequence[int], cushion: float) -> tuple[Step, ...]:
@@ -229,10 +233,10 @@ def products(steps: Sequence[Step], p: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def steps_with_reach(floor: float, p: int, dtype: torch.dtype) -> Tensor:
-    """The M-form's schedule as rows (a, b, c, reach), float64 on the CPU: what a kernel takes that
+    """The M-form's schedule as rows (a, b, c, s, t, reach), float64 on the CPU: what a kernel takes that
     leaves out the steps which a matrix does not need (csrc/cuda/launchers.h, RootSteps)."""
-    steps = schedule("newton", floor, p, dtype, 2)
-    rows = [(*step, *[0.0] * (3 - len(step))) for step in steps]
+    steps = schedule("newton", floor, p, dtype)
+    rows = [(*in_squares(step), 0.0, 0.0, 0.0)[:5] for step in steps]
     reach = [torch.inf, *reaches(steps, floor, p)[1:]]
     complete = [(*row, r) for row, r in zip(rows, reach, strict=True)]
     return torch.tensor(complete, dtype=torch.float64, device="cpu")

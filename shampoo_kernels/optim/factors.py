@@ -37,13 +37,12 @@ def refresh_roots_(stack: Stack, due: Sequence[int], moves: Tensor, group: dict)
     the least distance. With a scale, one step of a single gradient has unit scale, whatever the
     gradient's. With refresh_tolerance, roots that still fit are kept: see `_misfit`.
     """
+    # an all-zero matrix, which scales by Inf, keeps its previous root
+    scale = per_block(_scale(stack, group).nan_to_num(0, 0) * moves)
     for side in stack.key.sides:
         p = group["p"][0 if side == LEFT else 1]
         for part in _root_parts(stack, side, due, group):
-            statistic = stack.statistic[side][part]
-            # an all-zero matrix, which scales by Inf, keeps its previous root
-            scale = _scale(stack, side, part, statistic, group).nan_to_num(0, 0) * moves[part]
-            scaled = statistic * per_block(scale)
+            scaled = stack.statistic[side][part] * scale[part]
             if group["refresh_tolerance"] is not None:
                 root = stack.root[side][part].to(stack.dtype)
                 unfit = _misfit(scaled, root, p, group["ridge"]) > group["refresh_tolerance"]
@@ -68,19 +67,20 @@ def refresh_roots_(stack: Stack, due: Sequence[int], moves: Tensor, group: dict)
             stack.status[side][part] = status
 
 
-def _scale(stack: Stack, side: str, part: slice | Tensor, statistic: Tensor, group: dict) -> Tensor:
-    """(b,): what turns the accumulated statistic into the bias-corrected, scaled one."""
-    correction = statistic_bias(stack.steps[part], group)
+def _scale(stack: Stack, group: dict) -> Tensor:
+    """(B,): what turns the accumulated statistics, either side's, into the bias-corrected, scaled
+    ones."""
+    correction = statistic_bias(stack.steps, group)
     if group["scale"] is None:
         return 1 / correction
     if len(stack.key.sides) == 1:
-        n = 1 if group["statistic"] != "shampoo" else stack.key.n if side == LEFT else stack.key.m
-        return 1 / (correction * n)
-    if "energy" not in stack.extra:
-        return (correction * _trace(statistic)).rsqrt()
-    energy = stack.extra["energy"][part] / bias(stack.steps[part], group["shampoo_beta"])
+        other = stack.key.n if stack.key.sides[0] == LEFT else stack.key.m
+        return 1 / (correction * (other if group["statistic"] == "shampoo" else 1))
+    if "energy" not in stack.extra:  # both traces are ‖G‖²
+        return (correction * _trace(stack.statistic[LEFT])).rsqrt()
     measure = _trace if group["scale"] == "trace" else matrix_norms
-    left, right = (measure(A[part]) for A in stack.statistic.values())
+    energy = stack.extra["energy"] / bias(stack.steps, group["shampoo_beta"])
+    left, right = map(measure, stack.statistic.values())
     return energy.sqrt() / left.sqrt() / right.sqrt()  # the product of the two may underflow
 
 
