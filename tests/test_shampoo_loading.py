@@ -102,6 +102,7 @@ def test_an_unpickled_optimizer_of_version_1_goes_on_like_the_original():
     state = other.__getstate__()
     in_version_1(state)
     other.__setstate__(state)
+    assert other.param_groups[0]["version"] == 2
     steps(optimizer, own, 2, 6)
     steps(other, twin, 2, 6)
     same_state(optimizer, other)
@@ -205,7 +206,17 @@ def test_what_is_loaded_brings_its_variant_along(made, loading):
 
 @pytest.mark.parametrize(
     "change",
-    [{"application": "soap", "graft": None}, {"graft": "sgd"}, {"scale": "least_squares"}],
+    [
+        {"application": "soap", "graft": None},
+        {"graft": "sgd"},
+        {"scale": "least_squares"},
+        {"statistic": "frobenius"},
+        {"p": (2, None)},
+        {"max_dimension": 6},
+        {"precondition": False},
+        {"split": (1, 5)},
+        {"batch_dims": 1},
+    ],
     ids=str,
 )
 def test_a_variant_cannot_change_in_flight(change):

@@ -233,3 +233,17 @@ def test_options_that_shape_the_state_cannot_change_in_flight():
     optimizer.param_groups[0]["p"] = 4
     optimizer.step()
     assert optimizer.param_groups[0]["p"] == (4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_roots_may_be_kept_in_another_dtype_from_now_on(dtype):
+    own = parameters()
+    optimizer = Shampoo(own, **OPTIONS)
+    steps(optimizer, own, 0, 4)
+    before = optimizer.state[own[0]]["left_root.0"].clone()
+    optimizer.param_groups[0].update(root_dtype=dtype, refresh_every=1000)
+    steps(optimizer, own, 4, 5)
+    after = optimizer.state[own[0]]["left_root.0"]
+    assert torch.equal(after, before.to(dtype))
+    assert after.dtype == dtype
+    assert before.any()
