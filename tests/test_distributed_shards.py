@@ -215,7 +215,7 @@ def test_blocks_that_are_not_finite_on_one_rank_stand_still_on_all(results):
 
 
 def test_what_is_finite_is_so_in_the_dtype_of_its_state(results):
-    """The square of 1e25 in float64, and in float32, which is that of the state of bfloat16, not."""
+    """The square of 1e25 is so in float64, not in float32, the dtype for bfloat16 too."""
     for result in results:
         assert result["dtypes"] == [[True, False, False], [True, True, True]]
 

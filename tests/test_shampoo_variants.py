@@ -300,7 +300,7 @@ def test_soap_before_its_start_is_adamw():
 
 @pytest.mark.parametrize("options", [SOAP, {**SOAP, "statistic": "kl"}, {"graft": None}], ids=str)
 def test_without_graft_what_has_no_factor_runs_adamw(options):
-    """Vectors, and matrices with long sides, as in a model whose other weights are preconditioned."""
+    """Vectors, and matrices with long sides, next to weights that are preconditioned."""
     own, twin = (parameters((7,), (), (9, 11), (5, 4), dtype=torch.float64) for _ in range(2))
     grads = [gradients(p.shape, 5) for p in own]
     train(Shampoo(own, max_dimension=8, **options), list(zip(own, grads, strict=True)))
