@@ -267,3 +267,13 @@ def test_parameters_that_change_dtype_take_their_state_along_and_no_other_shape(
     p.grad, p.data = None, p.data[:6].clone()
     with pytest.raises(ValueError, match=r"'exp_avg' of a parameter \(6, 5\) must be .*\(6, 5\)"):
         steps(optimizer, own, 5, 6)
+
+
+def test_in_an_eigenbasis_no_statistic_needs_more_state_than_another():
+    names = []
+    for statistic in ("shampoo", "frobenius", "kl"):
+        own = parameters()
+        optimizer = Shampoo(own, application="soap", graft=None, statistic=statistic)
+        steps(optimizer, own, 0, 1)
+        names.append([sorted(state) for state in optimizer.state.values()])
+    assert names[0] == names[1] == names[2]
