@@ -67,8 +67,8 @@ def test_level_turns_even_out_what_equal_numbers_do_not(computed):
 
 @pytest.mark.parametrize("refresh", ["staggered", "level"])
 def test_turns_go_by_all_groups_together(computed, refresh):
-    own = parameters(*[(12, 12)] * 8)
-    groups = [{"params": own[i : i + 2]} for i in range(0, 8, 2)]
+    own = parameters(*[(12, 12), (12, 12), (5,), (5,)] * 4)  # vectors have no turns
+    groups = [{"params": own[i : i + 4]} for i in range(0, 16, 4)]
     optimizer = Shampoo(groups, refresh=refresh, refresh_every=4)
     counts = []
     for _ in range(9):
