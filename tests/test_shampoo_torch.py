@@ -217,6 +217,12 @@ def test_a_cuda_graph_is_refused_where_a_step_would_wait_or_differ(options):
     optimizer._plans[0].check_capture({**group, **options, "precondition": False})
 
 
+def test_a_group_that_has_had_no_gradient_hinders_no_cuda_graph():
+    optimizer = Shampoo(parameters((4, 3)), capturable=True)
+    optimizer.step()
+    optimizer._plans[0].check_capture(optimizer.param_groups[0])
+
+
 def test_the_state_goes_through_safetensors():
     """Tensors that share no memory, under plain names; the groups are plain values for a JSON."""
     safetensors = pytest.importorskip("safetensors.torch")
