@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import warnings
 
 import pytest
 import ranks
@@ -9,7 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from shampoo_kernels import Shampoo
@@ -165,3 +172,42 @@ def with_blocks_of_another_rank(rank):
 
 def test_the_state_dict_of_another_rank_is_refused_with_a_hint():
     ranks.run(2, with_blocks_of_another_rank, seconds=60)
+
+
+def warned_of(call):
+    """Its result, and how often it was warned that this is not the whole state."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call()
+    ours = [str(one.message) for one in caught if str(one.message).startswith("Shampoo: ")]
+    assert all("torch.distributed.checkpoint.save" in message for message in ours)
+    return result, len(ours)
+
+
+def parts_taken_for_the_whole(rank, kind):
+    """{what is done: how many warnings}."""
+    net, optimizer = make(kind)
+    _, unstarted = warned_of(optimizer.state_dict)
+    train(net, optimizer, 0, 5, kind)
+    saved, found = {}, {"before a step": unstarted}
+    saved["own"], found["saved, each its own"] = warned_of(optimizer.state_dict)
+    _, found["saved by the checkpoint"] = warned_of(lambda: get_state_dict(net, optimizer))
+    full = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved["full"] = get_optimizer_state_dict(net, optimizer, options=full)
+    other, resumed = make(kind)
+    _, found["loaded, each its own"] = warned_of(lambda: resumed.load_state_dict(saved["own"]))
+    other, resumed = make(kind)
+    full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    _, found["loaded, that of rank 0"] = warned_of(
+        lambda: set_optimizer_state_dict(other, resumed, saved["full"], options=full)
+    )
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_who_saves_or_loads_a_part_of_the_state_is_told(kind):
+    """Rank 0 when it saves what might be all there will be, the others when theirs is not there."""
+    first, *rest = ranks.run(2, parts_taken_for_the_whole, kind, seconds=60)
+    told = dict.fromkeys(first, 0)
+    assert first == {**told, "saved, each its own": 1}
+    assert rest == [{**told, "loaded, that of rank 0": 1}]

@@ -275,6 +275,28 @@ def test_a_group_that_comes_late_moves_no_state():
         assert divergence(result, [W.detach(), V.detach()]) <= 1e-9
 
 
+def state_of_one_rank_replaced(rank):
+    """As recipes do that offload it; the other ranks see nothing of it, and are asked nothing."""
+    own = parameters((16, 16), (5,))
+    optimizer = Shampoo(own, process_group=dist.group.WORLD, **OPTIONS)
+    pairs = [(p, gradients(p.shape, 3, torch.float32)) for p in own]
+    train(optimizer, pairs)
+    if rank == 1:
+        for state in optimizer.state.values():
+            state.update({name: value.clone() for name, value in state.items()})
+    train(optimizer, pairs)
+    return [p.detach() for p in own]
+
+
+def test_state_that_one_rank_replaces_keeps_no_other_waiting():
+    alone = parameters((16, 16), (5,))
+    train(Shampoo(alone, **OPTIONS), [(p, gradients(p.shape, 3, torch.float32) * 2) for p in alone])
+    results = ranks.run(2, state_of_one_rank_replaced, seconds=60)
+    assert all(map(torch.equal, *results))
+    for a, b in zip(results[0], alone, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
+
+
 def one_that_leaves(rank):
     """Rank 1 raises before it sends anything, and its process ends."""
     own = parameters((16, 16))

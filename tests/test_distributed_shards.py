@@ -126,6 +126,21 @@ def gradients_are_left_as_they_were(mesh):
         assert torch.equal(before.view(torch.int32), vector.grad.to_local().view(torch.int32))
 
 
+def of_many_dtypes(mesh):
+    """Vectors of one group: which of them move with gradients of 1e25, and then with 1."""
+    dtypes = (torch.float64, torch.bfloat16, torch.float32)
+    own = [nn.Parameter(*sharded([torch.ones(5, dtype=dtype)], mesh)) for dtype in dtypes]
+    optimizer = Shampoo(own, lr=0.1)
+    moved = []
+    for size in (1e25, 1.0):
+        before = [p.detach().full_tensor().clone() for p in own]
+        train(optimizer, [(p, sharded([torch.full((5,), size, dtype=p.dtype)], mesh))
+                          for p in own])  # fmt: skip
+        moved.append([not torch.equal(p.detach().full_tensor(), b)
+                      for p, b in zip(own, before, strict=True)])  # fmt: skip
+    return moved
+
+
 def in_all_ways(rank, world):
     mesh = mesh_of(world)
     whole, usual = of_a_step(mesh), stacks.PART_BYTES
@@ -145,6 +160,7 @@ def in_all_ways(rank, world):
         "bfloat16": trained(mesh, torch.bfloat16)[0],
         "bad": trained(mesh, torch.float32, bad=True)[0],
         "missing": with_missing_gradients(rank, mesh),
+        "dtypes": of_many_dtypes(mesh),
     }
 
 
@@ -196,6 +212,12 @@ def test_blocks_that_are_not_finite_on_one_rank_stand_still_on_all(results):
     tolerance = 5 * divergence(alone(torch.float32, nudge=True, bad=True)[0], weights)
     for result in results:
         assert divergence(result["bad"], weights) <= tolerance
+
+
+def test_what_is_finite_is_so_in_the_dtype_of_its_state(results):
+    """The square of 1e25 is so in float64, not in float32, the dtype for bfloat16 too."""
+    for result in results:
+        assert result["dtypes"] == [[True, False, False], [True, True, True]]
 
 
 def test_every_state_of_a_block_is_with_one_rank_and_all_is_there(results):

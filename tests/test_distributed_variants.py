@@ -8,6 +8,7 @@ from torch import nn
 from training import gradients, parameters, train
 
 from shampoo_kernels import Shampoo
+from shampoo_kernels.optim import stacks
 from shampoo_kernels.optim.distributed import gathering
 
 pytestmark = ranks.pytestmark
@@ -51,6 +52,7 @@ def in_both_ways(rank):
     from torch.distributed.tensor import Shard, distribute_tensor
 
     gathering.GATHER_BYTES = 1 << 10  # so that new weights arrive while others are being made
+    stacks.PART_BYTES = 1  # and blocks come and go one by one
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     found = {}
     for variant in VARIANTS:

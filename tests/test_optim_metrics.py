@@ -39,3 +39,5 @@ def test_every_block_that_stands_still_is_counted(options):
     assert resumed.metrics()["skipped_gradients"] == 0  # it has not looked yet
     train(resumed, [(p, g[1:2]) for p, g in zip(twin[2:3], grads[2:3], strict=True)])
     assert resumed.metrics()["skipped_gradients"] == expected[-1] + 1
+    resumed.load_state_dict(optimizer.state_dict())
+    assert not any(resumed.metrics().values())  # nor of what it had been doing

@@ -133,6 +133,68 @@ def test_heads_are_the_last_linear_layer_or_what_is_said():
         split_params(model, heads=["fc"])
 
 
+class Names(nn.Module):
+    """Where a name, or the order of modules, could mislead."""
+
+    def __init__(self):
+        super().__init__()
+        self.tied_head = nn.Linear(12, 30, bias=False)  # comes before what makes it an embedding
+        self.tokens = nn.Embedding(30, 12)
+        self.tied_head.weight = self.tokens.weight
+        self.types = nn.Embedding(3, 12)
+        self.patch_embed = nn.Conv2d(3, 12, 4)
+        self.Pos_Embed = nn.Parameter(torch.randn(1, 9, 12))
+        self.fc1, self.fc10 = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.qkv = nn.ModuleDict({"out": nn.Linear(12, 36)})
+        self.wqkv = nn.Linear(12, 30)
+        self.multiplied = nn.Conv1d(4, 8, 3, groups=4)
+        self.experts = nn.Parameter(torch.randn(2, 3, 4, 5))
+        self.value = nn.Linear(12, 1)
+        self.Classifier = nn.Linear(12, 5)
+        self.projection = nn.Linear(5, 5)
+
+
+def test_names_and_orders_do_not_mislead():
+    model = Names()
+    groups = split_params(model)
+    found = {
+        name: (group["precondition"], group.get("split"), group.get("batch_dims"))
+        for name, group in by_name(groups).items() if name.rpartition(".")[2] != "bias"
+    }  # fmt: skip
+    assert found == {
+        "tied_head.weight": (False, None, None),
+        "types.weight": (False, None, None),
+        "patch_embed.weight": (True, None, None),
+        "Pos_Embed": (False, None, None),
+        "fc1.weight": (True, None, None),
+        "fc10.weight": (True, None, None),
+        "qkv.out.weight": (True, None, None),  # made from query, key and value
+        "wqkv.weight": (True, None, None),  # not three times as long as wide
+        "multiplied.weight": (True, (4, 1), None),  # four matrices of two rows
+        "experts": (True, None, 2),
+        "value.weight": (False, None, None),  # one row
+        "Classifier.weight": (False, None, None),
+        "projection.weight": (False, None, None),
+    }
+    assert groups.reasons["tied_head.weight"] == "embedding, tied"
+    assert groups.reasons["types.weight"] == "embedding"
+    assert groups.reasons["value.weight"] == "vector or scalar"
+    assert groups.reasons["Classifier.weight"] == "a head, by its name"
+    assert groups.reasons["projection.weight"] == "a head: the last linear layer"
+
+
+@pytest.mark.parametrize("heads", ["fc1", ["fc1"], ("fc1.weight",)], ids=str)
+def test_a_head_is_said_by_its_module_or_parameter_and_no_other_is_meant(heads):
+    found = split_params(Names(), heads=heads)
+    assert [name for name, reason in found.reasons.items() if "head" in reason] == ["fc1.weight"]
+
+
+def test_what_a_parameter_is_counts_more_than_the_options_of_all():
+    found = by_name(split_params(Names(), precondition=True, split=1))
+    assert not found["types.weight"]["precondition"]
+    assert found["multiplied.weight"]["split"] == (4, 1)
+
+
 def test_query_key_and_value_whole_or_by_head():
     model = Attention(12, 3)
     whole = by_name(split_params(model, qkv="whole", heads=()))
@@ -142,6 +204,8 @@ def test_query_key_and_value_whole_or_by_head():
     assert heads["own.in_proj_weight"]["split"] == (9, 1)  # it knows its three heads
     with pytest.raises(ValueError, match=r"^split_params: .*num_heads that divides 12 .* got 5"):
         split_params(model, qkv="head", num_heads=5)
+    with pytest.raises(ValueError, match=r"^split_params: .*num_heads .* got None"):
+        split_params(model, qkv="head")
     with pytest.raises(ValueError, match=r"^split_params: qkv must be one of .* got 'rows'"):
         split_params(model, qkv="rows")
 

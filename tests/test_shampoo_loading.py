@@ -10,6 +10,7 @@ from test_shampoo_state import OPTIONS, SHAPES, parameters, same_state, steps
 from torch.optim import AdamW
 
 from shampoo_kernels import Shampoo
+from shampoo_kernels.optim import options
 
 
 def to(state_dict, name, dtype):
@@ -45,6 +46,8 @@ def to(state_dict, name, dtype):
         (lambda d: (d.clear(), d.update(AdamW(parameters()).state_dict())), "version 2, got None"),
         (lambda d: d["param_groups"][0]["params"].pop(), "doesn't match the size"),
         (lambda d: d["param_groups"].pop(), "different number"),
+        (lambda d: d["param_groups"].append(d["param_groups"][0]), "different number"),
+        (lambda d: d["param_groups"][0].pop("ridge"), "ridge must be an option of every"),
     ],
 )
 def test_a_state_dict_that_does_not_fit_changes_nothing(change, message):
@@ -99,6 +102,7 @@ def test_an_unpickled_optimizer_of_version_1_goes_on_like_the_original():
     state = other.__getstate__()
     in_version_1(state)
     other.__setstate__(state)
+    assert other.param_groups[0]["version"] == 2
     steps(optimizer, own, 2, 6)
     steps(other, twin, 2, 6)
     same_state(optimizer, other)
@@ -147,6 +151,37 @@ def test_a_state_from_before_an_option_existed_was_made_without_it():
         torch.testing.assert_close(a.detach(), b, rtol=0, atol=1e-9)
 
 
+def without_later_options(groups):
+    return [{k: v for k, v in group.items() if k not in options.ADDED} for group in groups]
+
+
+@pytest.mark.parametrize("by", ["state_dict", "pickle"])
+def test_options_that_came_later_do_not_change_a_run_from_before(by):
+    """Enough blocks of one shape that whose turn it is shows."""
+    shapes = [*SHAPES, *[(8, 8)] * 4]
+    own, twin = parameters(shapes=shapes), parameters(shapes=shapes)
+    optimizer = Shampoo(own, **OPTIONS)
+    steps(optimizer, own, 0, 4)
+    if by == "state_dict":
+        other = Shampoo(twin, application="soap", graft=None, split=2, refresh="together")
+        saved = optimizer.state_dict()
+        saved["param_groups"] = without_later_options(saved["param_groups"])
+        other.load_state_dict(saved)
+        for a, b in zip(own, twin, strict=True):
+            b.data.copy_(a.data)
+    else:
+        twin, other = copy.deepcopy((own, optimizer))
+        state = other.__getstate__()
+        (state["defaults"],) = without_later_options([state["defaults"]])
+        state["param_groups"] = without_later_options(state["param_groups"])
+        other.__setstate__(state)
+        other.add_param_group({"params": parameters(shapes=[(2, 2)])})
+    steps(optimizer, own, 4, 9)
+    steps(other, twin, 4, 9)
+    same_state(optimizer, other)
+    assert all(torch.equal(a, b) for a, b in zip(own, twin, strict=True))
+
+
 @pytest.mark.parametrize(
     ("made", "loading"),
     [
@@ -171,7 +206,17 @@ def test_what_is_loaded_brings_its_variant_along(made, loading):
 
 @pytest.mark.parametrize(
     "change",
-    [{"application": "soap", "graft": None}, {"graft": "sgd"}, {"scale": "least_squares"}],
+    [
+        {"application": "soap", "graft": None},
+        {"graft": "sgd"},
+        {"scale": "least_squares"},
+        {"statistic": "frobenius"},
+        {"p": (2, None)},
+        {"max_dimension": 6},
+        {"precondition": False},
+        {"split": (1, 5)},
+        {"batch_dims": 1},
+    ],
     ids=str,
 )
 def test_a_variant_cannot_change_in_flight(change):

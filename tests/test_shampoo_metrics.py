@@ -70,3 +70,13 @@ def test_metrics_are_no_part_of_the_state_and_change_nothing():
         runs.append((W.detach(), optimizer.state_dict()["state"][0].keys()))
     assert torch.equal(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1]
+
+
+def test_a_parameter_without_gradient_in_this_step_is_counted_all_the_same():
+    W, V = parameters((6, 4), (6, 4))
+    optimizer = Shampoo([W, V])
+    grads = gradients((6, 4), 2, torch.float32)
+    train(optimizer, [(W, grads[:1]), (V, grads[:1])])
+    before = counts(optimizer)
+    train(optimizer, [(W, [None]), (V, grads[1:])])
+    assert counts(optimizer) == before

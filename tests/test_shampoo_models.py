@@ -236,6 +236,28 @@ def test_blocks_of_other_devices_and_dtypes_are_other_stacks():
         assert {v.dtype for v in state.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("options", [{}, SOAP, {"statistic": "kl"}], ids=str)
+def test_a_model_on_two_devices_is_trained_as_its_parts_are(options):
+    """In one group, in turns of the same shape; what is on meta has no values, but state there."""
+    shapes = [(6, 4), (5,)] * 2
+    own, alone = parameters(*shapes), parameters(*shapes[:2])
+    own[2:] = [nn.Parameter(p.to("meta")) for p in own[2:]]
+    options = {"refresh_every": 2, "refresh": "together", **options}
+    optimizer, other = Shampoo(own, **options), Shampoo(alone, **options)
+    grads = [gradients(shape, 5, torch.float32) for shape in shapes]
+    pairs = list(zip(own, grads, strict=True))
+    train(optimizer, [(p, [g.to(p.device) for g in given]) for p, given in pairs])
+    train(other, list(zip(alone, grads[:2], strict=True)))
+    assert all(map(torch.equal, own[:2], alone))
+    for p in own:
+        assert {x.device for name, x in optimizer.state[p].items() if name != "step"} == {p.device}
+        assert optimizer.state[p]["step"] == 5
+    moved = Shampoo(own[2:])
+    moved.load_state_dict(other.state_dict())  # to where the parameters are
+    for p, state in moved.state.items():
+        assert {x.device for name, x in state.items() if name != "step"} == {p.device}
+
+
 def test_a_frozen_parameter_has_no_state_and_may_thaw_later():
     W, V = parameters((6, 4), (6, 4))
     V.requires_grad_(False)

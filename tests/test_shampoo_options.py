@@ -18,6 +18,7 @@ BAD = [
     ("lr", "fast"),
     ("lr", torch.ones(2)),
     ("lr", torch.tensor(-1.0)),
+    ("lr", torch.tensor(1j)),
     ("betas", 0.9),
     ("betas", (0.9,)),
     ("betas", (1.0, 0.9)),
@@ -89,6 +90,39 @@ def test_every_bad_option_is_named(name, value):
     assert len(optimizer.param_groups) == 1
 
 
+EDGES = [
+    ("lr", 0.0),
+    ("lr", 50.0),
+    ("betas", (0.0, 0.0)),
+    ("eps", torch.finfo(torch.float32).tiny),
+    ("weight_decay", 0.0),
+    ("weight_decay", 20.0),
+    ("shampoo_beta", 0.0),
+    ("shampoo_beta", 1.0),
+    ("ridge", 0.0),
+    ("p", 0.5),
+    ("rank_rtol", 0.0),
+    ("refresh_tolerance", 0.0),
+    ("max_update_rms", 1e-30),
+    ("block_size", 1),
+    ("max_dimension", 1),
+    ("refresh_every", 1),
+    ("start_step", 1),
+    ("root_dtype", torch.float64),
+    ("graft", "".join(["ad", "am"])),  # equal to the one that is allowed, but not the same object
+]
+
+
+@pytest.mark.parametrize(("name", "value"), EDGES, ids=str)
+def test_what_is_allowed_reaches_to_its_edges_and_can_be_stepped(name, value):
+    W, b = parameters((6, 4), (3,))
+    optimizer = Shampoo([W, b], **{name: value})
+    assert optimizer.param_groups[0][name] == (value if name != "p" else (value, value))
+    train(optimizer, [(p, gradients(p.shape, 3, torch.float32)) for p in (W, b)])
+    assert W.isfinite().all()
+    assert b.isfinite().all()
+
+
 def everything(optimizer):
     tensors = [p for group in optimizer.param_groups for p in group["params"]]
     tensors += [value for state in optimizer.state.values() for value in state.values()]
@@ -125,6 +159,14 @@ def test_a_tensor_learning_rate_changed_in_place_is_looked_at():
     lr.fill_(-1)
     with pytest.raises(ValueError, match=r"^Shampoo: lr must be finite and not negative, got "):
         optimizer.step()
+
+
+def test_a_learning_rate_on_an_accelerator_is_not_looked_at():
+    """That would mean waiting for it; meta has no value to look at."""
+    lr = torch.empty((), device="meta")
+    optimizer = Shampoo(parameters((6, 4)), lr=lr)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] is lr
 
 
 def test_a_group_that_was_replaced_counts():

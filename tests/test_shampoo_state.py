@@ -233,3 +233,47 @@ def test_options_that_shape_the_state_cannot_change_in_flight():
     optimizer.param_groups[0]["p"] = 4
     optimizer.step()
     assert optimizer.param_groups[0]["p"] == (4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_roots_may_be_kept_in_another_dtype_from_now_on(dtype):
+    own = parameters()
+    optimizer = Shampoo(own, **OPTIONS)
+    steps(optimizer, own, 0, 4)
+    before = optimizer.state[own[0]]["left_root.0"].clone()
+    optimizer.param_groups[0].update(root_dtype=dtype, refresh_every=1000)
+    steps(optimizer, own, 4, 5)
+    after = optimizer.state[own[0]]["left_root.0"]
+    assert torch.equal(after, before.to(dtype))
+    assert after.dtype == dtype
+    assert before.any()
+
+
+def test_parameters_that_change_dtype_take_their_state_along_and_no_other_shape():
+    """As module.double() does, which leaves the parameters the objects that they were."""
+    own = parameters()
+    optimizer = Shampoo(own, **OPTIONS)
+    steps(optimizer, own, 0, 4)
+    for p in own:
+        p.grad = None
+        p.data = p.data.double()
+    average = optimizer.state[own[0]]["exp_avg"].double()
+    steps(optimizer, own, 4, 5)
+    for state in optimizer.state.values():
+        assert {x.dtype for name, x in state.items() if name != "step"} == {torch.float64}
+        assert state["step"] == 5
+    p = own[0]
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.9 * average + 0.1 * p.grad)
+    p.grad, p.data = None, p.data[:6].clone()
+    with pytest.raises(ValueError, match=r"'exp_avg' of a parameter \(6, 5\) must be .*\(6, 5\)"):
+        steps(optimizer, own, 5, 6)
+
+
+def test_in_an_eigenbasis_no_statistic_needs_more_state_than_another():
+    names = []
+    for statistic in ("shampoo", "frobenius", "kl"):
+        own = parameters()
+        optimizer = Shampoo(own, application="soap", graft=None, statistic=statistic)
+        steps(optimizer, own, 0, 1)
+        names.append([sorted(state) for state in optimizer.state.values()])
+    assert names[0] == names[1] == names[2]

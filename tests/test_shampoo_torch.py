@@ -217,6 +217,23 @@ def test_a_cuda_graph_is_refused_where_a_step_would_wait_or_differ(options):
     optimizer._plans[0].check_capture({**group, **options, "precondition": False})
 
 
+def test_a_cuda_graph_needs_start_step_steps_before_it_and_every_gradient():
+    own = parameters((4, 3), (4, 3))
+    optimizer = Shampoo(own, refresh_every=1, start_step=2)
+    train(optimizer, [(p, gradients((4, 3), 2, torch.float32)) for p in own])
+    group = {**optimizer.param_groups[0], "capturable": True}
+    optimizer._plans[0].check_capture(group)
+    own[1].grad = None
+    with pytest.raises(RuntimeError, match=r"^Shampoo: capturing .* a gradient for every"):
+        optimizer._plans[0].check_capture(group)
+
+
+def test_a_group_that_has_had_no_gradient_hinders_no_cuda_graph():
+    optimizer = Shampoo(parameters((4, 3)), capturable=True)
+    optimizer.step()
+    optimizer._plans[0].check_capture(optimizer.param_groups[0])
+
+
 def test_the_state_goes_through_safetensors():
     """Tensors that share no memory, under plain names; the groups are plain values for a JSON."""
     safetensors = pytest.importorskip("safetensors.torch")

@@ -65,10 +65,11 @@ def test_level_turns_even_out_what_equal_numbers_do_not(computed):
     assert costs["level"] <= costs["staggered"] < costs["together"]
 
 
-def test_level_turns_go_by_all_groups_together(computed):
-    own = parameters(*[(12, 12)] * 8)
-    groups = [{"params": own[i : i + 2]} for i in range(0, 8, 2)]
-    optimizer = Shampoo(groups, refresh="level", refresh_every=4)
+@pytest.mark.parametrize("refresh", ["staggered", "level"])
+def test_turns_go_by_all_groups_together(computed, refresh):
+    own = parameters(*[(12, 12), (12, 12), (5,), (5,)] * 4)  # vectors have no turns
+    groups = [{"params": own[i : i + 4]} for i in range(0, 16, 4)]
+    optimizer = Shampoo(groups, refresh=refresh, refresh_every=4)
     counts = []
     for _ in range(9):
         computed.clear()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from training import gradients, parameters, train
+from training import SOAP, gradients, parameters, train
 
 from shampoo_kernels import Shampoo
 from shampoo_kernels.ops.eigenvalue_bound import eigenvalue_bound
@@ -296,6 +296,19 @@ def test_soap_before_its_start_is_adamw():
     train(optimizer, [(W, grads)])
     train(torch.optim.AdamW([V], betas=(0.9, 0.95)), [(V, grads)])
     torch.testing.assert_close(W, V, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [SOAP, {**SOAP, "statistic": "kl"}, {"graft": None}], ids=str)
+def test_without_graft_what_has_no_factor_runs_adamw(options):
+    """Vectors, and matrices with long sides, next to weights that are preconditioned."""
+    own, twin = (parameters((7,), (), (9, 11), (5, 4), dtype=torch.float64) for _ in range(2))
+    grads = [gradients(p.shape, 5) for p in own]
+    train(Shampoo(own, max_dimension=8, **options), list(zip(own, grads, strict=True)))
+    adamw = torch.optim.AdamW(twin[:3], betas=(0.9, 0.95))
+    train(adamw, list(zip(twin[:3], grads[:3], strict=True)))
+    for a, b in zip(own[:3], twin[:3], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+    assert not torch.equal(own[3], twin[3])
 
 
 def test_kl_statistics_in_an_eigenbasis():

@@ -102,7 +102,7 @@ def runs_of(stacks, cuts, ranks):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("limit", [1, 1000, 10**9])
+@pytest.mark.parametrize("limit", [1, 1000, 3000, 10**9])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_the_buckets_bring_every_block_once_and_are_no_larger_than_they_may(
     monkeypatch, ranks, limit
@@ -120,6 +120,7 @@ def test_the_buckets_bring_every_block_once_and_are_no_larger_than_they_may(
             for own in bucket.blocks
         ]
         assert lengths == bucket.lengths
+        assert bucket.bytes() == max(lengths) * ranks * 4  # as all_gather leaves it, in float32
         assert bucket.bytes() <= limit or max(map(len, bucket.blocks)) == 1
     assert len(result) == 1 or limit < 10**9
 
@@ -133,7 +134,7 @@ def test_rows_are_cut_as_torch_chunk_cuts(shape, rows, ranks):
     assert row_bounds(shape, rows, ranks) == [0, *itertools.accumulate(lengths)]
 
 
-@pytest.mark.parametrize("most", [1, 100, 10**9])
+@pytest.mark.parametrize("most", [1, 100, 150, 300, 10**9])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_every_element_of_every_block_travels_once_and_both_ends_agree(ranks, most):
     cuts, stacks = blocks_of(SHAPES)

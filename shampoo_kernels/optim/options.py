@@ -75,12 +75,7 @@ def checked(group: dict) -> dict:
     for name, bounds in OPTIONAL.items():
         plain[name] = None if group[name] is None else _number(group, name, **bounds)
     for name, allowed in CHOICES.items():
-        _require(
-            any(group[name] is o or group[name] == o for o in allowed),
-            name,
-            " or ".join(map(repr, allowed)),
-            group[name],
-        )
+        _require(group[name] in allowed, name, " or ".join(map(repr, allowed)), group[name])
     _require(
         group["process_group"] is None or is_process_group(group["process_group"]),
         "process_group",

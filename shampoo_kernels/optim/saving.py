@@ -1,7 +1,8 @@
 """What torch.optim's state_dict and load_state_dict need on top, through their own hooks."""
 
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from shampoo_kernels.optim import options
-from shampoo_kernels.optim.distributed.team import team_of
+from shampoo_kernels.optim.blocks import LEFT, RIGHT
+from shampoo_kernels.optim.distributed.team import Share, is_dtensor, team_of
 from shampoo_kernels.optim.state import check_state
 
 # Of the state's layout; every param group carries it. In version 1 a root that had not been
@@ -18,6 +20,25 @@ VERSION = 2
 OLD_VERSIONS = (1,)
 
 ANY = range(sys.maxsize)  # block
+
+_ALL_RANKS = (
+    "; a state_dict() holds the blocks of one rank, also with full_state_dict=True: load on every "
+    "rank its own, or go through torch.distributed.checkpoint.save, which takes those of all"
+)
+
+
+def warn_of_other_ranks(shares: Iterable[Share]) -> None:
+    """For state_dict(): the recipe that saves what rank 0 has would lose the blocks of the others.
+
+    torch.distributed.checkpoint, which asks every rank, is not warned.
+    """
+    sizes = [share.team.size for share in shares if share.team.rank == 0]
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    if max(sizes, default=1) > 1 and not caller.startswith("torch.distributed.checkpoint"):
+        warnings.warn(
+            f"Shampoo: state_dict() of rank 0 of {max(sizes)} is a part of the state{_ALL_RANKS}",
+            stacklevel=3,
+        )
 
 
 def cloned(states: Mapping) -> dict:
@@ -108,7 +129,7 @@ def _current(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
         if name not in state_dict:
             raise ValueError(f"Shampoo: the loaded state dict must hold {name!r}, got "
                              f"{sorted(map(str, state_dict))}")  # fmt: skip
-    states, groups = dict(state_dict["state"]), []
+    states, groups, lost = dict(state_dict["state"]), [], 0
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
         version = saved.get("version")
         if version not in (VERSION, *OLD_VERSIONS):
@@ -118,17 +139,32 @@ def _current(optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
         if "params" not in saved:
             raise ValueError("Shampoo: a loaded param group must hold 'params', got "
                              f"{sorted(map(str, saved))}")  # fmt: skip
-        alone = {"process_group": None}  # the group's own comes back later: torch.optim copies deep
-        plain = options.checked({**optimizer.defaults, **options.ADDED, **saved, **alone})
-        others = ANY if team_of(group) else ()  # which ones are not here, a step will know
+        plain = options.checked({**options.ADDED, **saved})
+        team = team_of(group)
+        others = ANY if team else ()  # which ones are not here, a step will know
         for parameter, key in zip(group["params"], saved["params"], strict=False):
             if key in states:
                 check_state(parameter, states[key], plain, others)
+                lost += team is not None and _is_lost(states[key])
                 if version in OLD_VERSIONS:
                     states[key] = upgraded(states[key])
         groups.append({**saved, **plain, "version": VERSION})
+    if lost:
+        warnings.warn(
+            f"Shampoo: the loaded state of {lost} parameters has moments but no statistics: those "
+            f"of this rank's blocks start anew{_ALL_RANKS}",
+            stacklevel=2,
+        )
     groups += state_dict["param_groups"][len(groups) :]  # too many, which torch.optim refuses
-    return {**state_dict, "state": states, "param_groups": groups}
+    return {"state": states, "param_groups": groups}
+
+
+def _is_lost(state: Mapping) -> bool:
+    """Gradients were seen, and yet the statistics are new: they were with other ranks."""
+    statistics = [x for name, x in state.items() if name.partition(".")[0] in (LEFT, RIGHT)]
+    average = state.get("exp_avg", torch.zeros(()))
+    seen = (average.to_local() if is_dtensor(average) else average).any()
+    return bool(statistics) and bool(seen) and not any(x.any() for x in statistics)
 
 
 def _cloned(value: object) -> object:

@@ -226,7 +226,11 @@ class Shampoo(torch.optim.Optimizer):
         return metrics.metrics((stack, plan.steps) for plan in plans for stack in plan.stacks)
 
     def state_dict(self) -> dict:
-        """As in torch.optim, except that the tensors are copies: a snapshot."""
+        """As in torch.optim, except that the tensors are copies: a snapshot.
+
+        Where ranks share the blocks it is the part of this one, and rank 0 warns of that.
+        """
+        saving.warn_of_other_ranks(self._shares.values())
         with saving.copying_tensors(self):
             return super().state_dict()
 
