@@ -233,7 +233,7 @@ def products(steps: Sequence[Step], p: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def steps_with_reach(floor: float, p: int, dtype: torch.dtype) -> Tensor:
-    """The M-form's schedule as rows (a, b, c, s, t, reach), float64 on the CPU: what a kernel takes that
+    """The M-form's schedule as rows (a, b, c, s, t, reach), float64 on the CPU: for a kernel that
     leaves out the steps which a matrix does not need (csrc/cuda/launchers.h, RootSteps)."""
     steps = schedule("newton", floor, p, dtype)
     rows = [(*in_squares(step), 0.0, 0.0, 0.0)[:5] for step in steps]
