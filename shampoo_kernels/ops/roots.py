@@ -178,20 +178,18 @@ def by_iteration(
 
 
 @functools.lru_cache(maxsize=256)
-def schedule(
-    method: str, floor: float, p: int, dtype: torch.dtype
-) -> tuple[Step, ...]:
-    """The minimax steps that take the fewest products in the M-form, and of those the largest
-    cushion; for the M-form one of at least 0.002^(1/p), because s = cushion is M = cushion^p, all
-    that is left to win a value back from. The product form rounds more where the cushion is large
-    (bf16 operands at floor 1e-3: residual 0.055 against 0.048), and a step more than needed can
-    make it diverge with p = 4: at most 0.3 for it.
+def schedule(method: str, floor: float, p: int, dtype: torch.dtype) -> tuple[Step, ...]:
+    """The minimax steps that take the fewest products in the M-form, and of those the ones that
+    round least, with small coefficients and a large cushion; for the M-form one of at least
+    0.0017^(1/p), because s = cushion is M = cushion^p, all that is left to win a value back from.
+    The product form rounds more where the cushion is large (bf16 operands at floor 1e-3: residual
+    0.055 against 0.048), and a step more than needed can make it diverge with p = 4: at most 0.3
+    for it.
 
-    The M-form takes steps up to degree 4. Those of degree 4 cost a product more than
-    those of degree 2 and make e^5 of an error e instead of e^3, in the middle: p = 2 takes 16
-    products at 1e-4 (degree 2 alone: 21), 23 at 1e-6 (25), p = 4 24 at 1e-6 (31). Rounding does
-    what it did, with equal cushions (n = 33 to 128, families of tests/matrices.py); schedules that
-    begin with degree 1 round more.
+    The M-form takes steps up to degree 4. Those cost a product more than steps of degree 2 and make
+    e^5 of an error e instead of e^3: p = 2 takes 16 products at 1e-4 (21 by degrees 1 and 2 alone),
+    23 at 1e-6 (25), p = 4 24 at 1e-6 (31). Rounding does what it did (n = 17 to 128, the families
+    of tests/matrices.py); schedules that begin with degree 1 round more.
 
     float32 M-form, floor 1e-6, condition 10: p = 2, n = 128, cushion 0.1: error 1.7e-6, none:
     4.3e-5; p = 4, n = 33, cushion 0.2: 1.6e-6, 0.14: 4.1e-6, none: 1.2e-4; p = 12, n = 24, cushion
@@ -199,7 +197,7 @@ def schedule(
     input, is below its limit.
     """
     tolerance = 1e-7 if dtype == torch.float32 else 1e-14
-    least, most = (min(0.002 ** (1 / p), 0.9), 0.9) if method == "newton" else (0.0, 0.3)
+    least, most = (min(0.0017 ** (1 / p), 0.9), 0.9) if method == "newton" else (0.0, 0.3)
     cushions = [c for c in _CUSHIONS if least <= c <= most]
     sequences = [(1,), (2,)]
     if method == "newton":
@@ -215,14 +213,19 @@ def schedule(
 
     fewest = min(cost(degrees, cushions[0]) for degrees in sequences)
 
-    def rank(degrees: Sequence[int]) -> tuple[float, float]:
-        """Its largest cushion, and then the smallest coefficients: both round least."""
+    def widest(degrees: Sequence[int]) -> float:
+        """The largest cushion that costs no more."""
         more = bisect.bisect_right(cushions, fewest, key=lambda cushion: cost(degrees, cushion))
-        steps = make(degrees, cushions[more - 1])
-        return cushions[more - 1], -max(sum(map(abs, step)) for step in steps)
+        return cushions[more - 1]
 
-    best = max((d for d in sequences if cost(d, cushions[0]) == fewest), key=rank)
-    return make(best, rank(best)[0])
+    def rounding(degrees: Sequence[int]) -> float:
+        """What rounding goes with: the largest terms of a polynomial, against what is kept of 1."""
+        cushion = widest(degrees)
+        terms = max(sum(map(abs, step)) for step in make(degrees, cushion))
+        return terms / max(cushion, 1e-3)
+
+    best = min((d for d in sequences if cost(d, cushions[0]) == fewest), key=rounding)
+    return make(best, widest(best))
 
 
 def products(steps: Sequence[Step], p: int) -> int:
