@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import gpu_timing as timing
 import torch
-from gpu_checks import relative, spectrum, truth
+from gpu_matrices import relative, spectrum, truth
 from gpu_timing import BFLOAT16, FLOAT32, Calls, copies, eager, line, milliseconds, under
 
 import shampoo_kernels

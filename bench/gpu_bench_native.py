@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from cases import GPT2, LLAMA_1B, Shape
 from gpu_bench import meta_newton
-from gpu_checks import relative, spectrum, truth
 from gpu_checks_native import small_root, why_not
+from gpu_matrices import relative, spectrum, truth
 from gpu_timing import BFLOAT16, eager, milliseconds, under
 
 from shampoo_kernels import inverse_root, orthogonal_iteration, power_iteration, use_backend
