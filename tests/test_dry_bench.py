@@ -119,7 +119,9 @@ def test_benchmarks_of_pieces(bench, monkeypatch):
 
 def test_benchmarks(bench, peers, quack, steps, monkeypatch, tmp_path, capsys):
     """Every kind of job gives a row; only what a CPU's torch cannot do is said to have failed."""
-    jobs = list(dict.fromkeys(map(small, bench.jobs())))
+    roots = load("gpu_bench_roots", monkeypatch)
+    jobs = list(dict.fromkeys(map(small, [*bench.jobs(), *roots.jobs()])))
+    monkeypatch.setattr(roots, "jobs", list)
     monkeypatch.setattr(bench, "jobs", lambda: jobs)
     monkeypatch.setattr(peers, "jobs", lambda: [(peers.bench_peer, ("torch.optim.Muon",))])
     file = tmp_path / "gpu.json"
@@ -166,3 +168,50 @@ def test_tuning(bench, monkeypatch, tmp_path, capsys):
     assert [len(timings) for _, timings in record["points"]] == [3] * 5
     assert all(error < 1e-2 for _, timings in record["points"] for *_, error in timings)
     assert (tmp_path / "tuned.py").read_text().count('"') >= 6
+
+
+@pytest.fixture
+def roots(bench, monkeypatch):
+    return load("gpu_bench_roots", monkeypatch)
+
+
+@pytest.mark.parametrize(("method", "precision", "kind"), [
+    ("newton", "highest", "float32"), ("product", "high", "16-bit"),
+])  # fmt: skip
+def test_the_work_of_a_root_is_that_of_its_launches(roots, monkeypatch, method, precision, kind):
+    """As many products as the driver multiplies with, half of each for newton; per block, at least
+    A and its root move, at most three operands and two results a launch."""
+    n, launches = 40, []
+
+    def product(A, B, D, **options):
+        launches.append(A is not None)
+        return emulated_product.product(A, B, D, **options)
+
+    counted = roots.work(method, n, 2, 1e-3, precision)
+    monkeypatch.setattr(roots.kernels, "multiply", product)
+    A, one = torch.eye(n)[None], torch.ones(1)
+    steps = roots.roots.schedule(method, 1e-3, 2, torch.float32)
+    arithmetic = roots.kernels.arithmetic(method, n, 2, 1e-3, precision)
+    roots.kernels.iterate(method, A, one, one > 0, 1e-3, 2, steps, arithmetic)
+    each = n * n * (n + 128) if method == "newton" else 2 * n**3
+    assert counted.flops[kind] == sum(launches) * each
+    assert sum(counted.flops.values()) == counted.flops[kind]
+    assert 8 * n * n < counted.nbytes <= len(launches) * 5 * 4 * n * n
+    assert "GFLOP" in str(counted)
+
+
+def test_the_floor_of_a_root(roots):
+    """The slower of the products at the rates of the run and of two matrices at a copy's."""
+    work = roots.Work({"float32": 6e9, "16-bit": 4e9}, 1e9)
+    rate = {"tf32 TFLOP/s": 300.0, "bf16 TFLOP/s": 400.0, "copy GB/s": 1e9}
+    assert work.floor(2, 1000, rate) == pytest.approx(2 * (0.06 + 0.01))
+    assert work.floor(2, 1000, rate | {"copy GB/s": 8.0}) == pytest.approx(2 * 1.0)
+
+
+def test_lines_of_others_than_ours(bench):
+    row = {"milliseconds": {"ours": 2.0, "theirs": 4.0, "failed": None}, "errors": {"theirs": 0.5},
+           "floors": {"ours": 1.0, "theirs": 1.0, "failed": 1.0},
+           "work": {"ours": "1 GFLOP", "failed": "2 GFLOP"}}  # fmt: skip
+    assert bench.more(row) == ["| | | 25 | 5.0e-01 | theirs |", "| | | 50 |  | ours: 1 GFLOP |",
+                               "| | |  |  | failed: 2 GFLOP |"]  # fmt: skip
+    assert bench.more({"milliseconds": {"ours": 1.0}}) == []
