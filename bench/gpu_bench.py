@@ -174,8 +174,10 @@ def main(argv: list[str]) -> int:
     from gpu_bench_quack import jobs as quack_jobs
     from gpu_bench_roots import jobs as root_jobs
     from gpu_bench_steps import jobs as step_jobs
+    from gpu_both_sides import jobs as both_jobs
 
-    every = native_jobs() + jobs() + root_jobs() + quack_jobs() + step_jobs() + peer_jobs()
+    every = native_jobs() + jobs() + root_jobs() + both_jobs()
+    every += quack_jobs() + step_jobs() + peer_jobs()
     with use_backend(BACKEND):
         for function, arguments in every:
             name = f"{function.__name__}{arguments}"[:80]

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import dry
 from dry import Cuda, load
 
-from shampoo_kernels import native, orthogonalize
+from shampoo_kernels import gram_ema_, native, orthogonalize
 from shampoo_kernels.kernels import gram_ema, table
 from shampoo_kernels.kernels import product as product_module
 
@@ -63,7 +63,10 @@ def quack(bench, monkeypatch):
     module = load("gpu_bench_quack", monkeypatch)
     monkeypatch.setattr(module, "SIZES", [(2, 12)])
     monkeypatch.setattr(module, "RECTANGLES", [(2, 6, 12)])
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
+    find, here = module.importlib.util.find_spec, ("quack", "gram_newton_schulz")
+    monkeypatch.setattr(
+        module.importlib.util, "find_spec", lambda name: name if name in here else find(name)
+    )
     return module
 
 
@@ -117,18 +120,27 @@ def test_benchmarks_of_pieces(bench, monkeypatch):
         assert all(value is not None for value in row["milliseconds"].values()), row
 
 
+def by_reference(left, right, G, beta, alpha):
+    """What the kernel of gpu_both_sides.py does, which no CPU runs outside of the interpreter."""
+    gram_ema_(left, G, beta, alpha, side="left")
+    gram_ema_(right, G, beta, alpha, side="right")
+
+
 def test_benchmarks(bench, peers, quack, steps, monkeypatch, tmp_path, capsys):
     """Every kind of job gives a row; only what a CPU's torch cannot do is said to have failed."""
     roots = load("gpu_bench_roots", monkeypatch)
     jobs = list(dict.fromkeys(map(small, [*bench.jobs(), *roots.jobs()])))
     monkeypatch.setattr(roots, "jobs", list)
+    both = load("gpu_both_sides", monkeypatch)
+    monkeypatch.setattr(both, "both_sides_", by_reference)
+    monkeypatch.setattr(both, "jobs", lambda: [(both.bench_both_sides, (2, 24, 32))])
     monkeypatch.setattr(bench, "jobs", lambda: jobs)
     monkeypatch.setattr(peers, "jobs", lambda: [(peers.bench_peer, ("torch.optim.Muon",))])
     file = tmp_path / "gpu.json"
     assert bench.main([str(file), "1000"]) == 0
     results = json.loads(file.read_text())
     assert not results["left out"], results["left out"]
-    assert len(results["rows"]) == len(jobs) + 4
+    assert len(results["rows"]) == len(jobs) + 5
     assert results["rows"][-1]["case"] == "torch.optim.Muon, 10 steps"
     for row in results["rows"]:
         failed = [name for name, value in row["milliseconds"].items() if value is None]
