@@ -77,7 +77,7 @@ def _rows(op: str, fp32: tuple[str, ...]) -> tuple[Row, ...]:
     # of 64 x 64 on four warps spill up to 96 bytes, 128 x 128 on eight up to 768. The stages are
     # those with which nothing spills for odd and aligned strides, as they are and transposed.
     # ieee, which no word stands for, has no tensor cores: large tiles would only unroll.
-    parts = (64, 2) if op == "power_iteration" else (32, 3)
+    parts = (64, 2) if op in ("newton", "power_iteration") else (32, 3)
     for target, stages, split_k, split_stages in (
         ("sm_90", 2, 32, 3), ("sm_80", 3, 32, 2), ("sm_100", 2, *parts),
     ):  # fmt: skip
@@ -85,7 +85,7 @@ def _rows(op: str, fp32: tuple[str, ...]) -> tuple[Row, ...]:
             Row(target, op, ("16-bit",), _LARGE, "pointer", 64, 64, 8, 3),
             Row(target, op, once, _LARGE, "pointer", 64, 64, 8, stages),
             Row(target, op, split, _LARGE, "pointer", 64, split_k, 8, split_stages),
-            Row(target, op, ("ieee",), _LARGE, "pointer", 32, 32, 4, 2),
+            Row(target, op, ("ieee",), _LARGE, "pointer", 32, 32, 4, 3 if target == "sm_80" else 2),
         )
     if op in ("newton", "power_iteration"):  # all of their matrices are float32
         rows = tuple(row for row in rows if row.modes != ("16-bit",))
