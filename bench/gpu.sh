@@ -2,6 +2,7 @@
 # Everything there is to know from a GPU, in under ten minutes and without a network: builds the
 # package, checks every kernel against float64, runs compute-sanitizer on small cases, measures.
 # Needs a python3 with torch and triton (PYTHON=... for another); leaves at most seven files.
+# Every part has a second of the run at which it ends, so that the last one is over by 580.
 #
 #   bash bench/gpu.sh [folder]      default: bench/results/<name of the GPU>
 set -uo pipefail
@@ -29,8 +30,14 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=()
 
+# Seconds for a part: at most $1, and none after second $2 of the run.
+within() {
+    local left=$(($2 - (SECONDS - start)))
+    echo $((left < 1 ? 1 : left < $1 ? left : $1))
+}
+
 echo "== build ($gpu)"
-if timeout 150 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
+if timeout "$(within 150 150)" "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation \
     --disable-pip-version-check --target "$work/site" . >"$results/build.txt" 2>&1; then
     site=$work/site
 else
@@ -39,12 +46,16 @@ else
 fi
 # From $work, so that the source tree's own files are not found before those of $site.
 run() { (cd "$work" && PYTHONPATH="$site:$root/bench" PYTHONDONTWRITEBYTECODE=1 "$@"); }
-run timeout 60 "$python" -m shampoo_kernels info >>"$results/build.txt" 2>&1 || failed+=(info)
+run timeout "$(within 30 180)" "$python" -m shampoo_kernels info >>"$results/build.txt" 2>&1 || failed+=(info)
 
-echo "== checks, in four processes ($((SECONDS - start)) s)"
+count=$(($(nproc) / 2)) # most of the time they compile
+count=$((count < 4 ? 4 : count > 8 ? 8 : count))
+echo "== checks, in $count processes ($((SECONDS - start)) s)"
+limit=$(within 240 400)
 parts=()
-for part in 0 1 2 3; do
-    run timeout 240 "$python" "$root/bench/gpu_checks.py" --part "$part/4" >"$work/checks.$part" 2>&1 &
+for ((part = 0; part < count; part++)); do
+    run timeout "$limit" "$python" "$root/bench/gpu_checks.py" --part "$part/$count" \
+        >"$work/checks.$part" 2>&1 &
     parts+=($!)
 done
 for part in "${parts[@]}"; do wait "$part" || failed+=(checks); done
@@ -53,9 +64,10 @@ grep -E "^FAILED|checks passed" "$results/checks.txt"
 
 echo "== compute-sanitizer ($((SECONDS - start)) s)"
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
-sanitize() { # tool, seconds, program ...
-    local tool=$1 seconds=$2
-    shift 2
+sanitize() { # tool, seconds, second of the run, program ...
+    local tool=$1 seconds
+    seconds=$(within "$2" "$3")
+    shift 3
     echo "-- $tool $*" >>"$results/sanitizer.txt"
     run timeout "$seconds" "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" "$@" \
         >>"$results/sanitizer.txt" 2>&1
@@ -67,11 +79,11 @@ sanitize() { # tool, seconds, program ...
 }
 if [ -n "$sanitizer" ]; then
     : >"$results/sanitizer.txt"
-    sanitize memcheck 60 "$root/bench/gpu_checks.py" --small --part 0/5
+    sanitize memcheck 60 440 "$root/bench/gpu_checks.py" --small --part 0/5
     # CUDA C++ alone: races in shared memory are what Triton leaves no room for.
     if run "$python" -c 'import gpu_checks_native as c, sys; sys.exit(bool(c.why_not()))'; then
-        sanitize memcheck 40 "$root/bench/gpu_checks_native.py"
-        sanitize racecheck 60 "$root/bench/gpu_checks_native.py"
+        sanitize memcheck 40 470 "$root/bench/gpu_checks_native.py"
+        sanitize racecheck 60 510 "$root/bench/gpu_checks_native.py"
     else
         echo "   CUDA C++ is not built: nothing of it to sanitize" | tee -a "$results/sanitizer.txt"
     fi
@@ -79,10 +91,10 @@ else
     echo "   not done: there is no compute-sanitizer" | tee "$results/sanitizer.txt"
 fi
 
-left=$((560 - (SECONDS - start)))
-echo "== benchmarks, $((left > 60 ? left - 40 : 30)) s ($((SECONDS - start)) s)"
-run timeout "$((left > 60 ? left : 60))" "$python" "$root/bench/gpu_bench.py" "$results/gpu.json" \
-    "$((left > 60 ? left - 40 : 30))" >"$results/gpu.md" 2>"$results/bench.txt" || failed+=(benchmarks)
+limit=$(within 580 580)
+echo "== benchmarks, $((limit - 40)) s ($((SECONDS - start)) s)"
+run timeout "$limit" "$python" "$root/bench/gpu_bench.py" "$results/gpu.json" $((limit - 40)) \
+    >"$results/gpu.md" 2>"$results/bench.txt" || failed+=(benchmarks)
 cat "$results/gpu.md"
 
 echo "== done in $((SECONDS - start)) s, results in $results"

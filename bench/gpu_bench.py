@@ -5,21 +5,18 @@ measured in this run.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 
 import gpu_timing as timing
 import torch
-from gpu_checks import relative, spectrum, truth
-from gpu_timing import BFLOAT16, FLOAT32, Calls, copies, eager, line, milliseconds, under
+from gpu_matrices import relative, spectrum
+from gpu_timing import BFLOAT16, FLOAT32, Calls, copies, line, milliseconds, under
 
-import shampoo_kernels
 from shampoo_kernels import (
     eigenvalue_bound,
     gram_ema_,
-    inverse_root,
     power_iteration,
     precondition,
     use_backend,
@@ -45,6 +42,10 @@ def bench_gram(batch: int, n: int, dtype: torch.dtype, rate: dict[str, float]) -
         "ours": each(lambda s, g: gram_ema_(s, g, 0.95, 0.05, side="left")),
         "baddbmm_": each(lambda s, g: s.baddbmm_(g.float(), g.float().mT, beta=0.95, alpha=0.05)),
     }
+    if batch == 1:
+        variants["addmm_"] = each(
+            lambda s, g: s[0].addmm_(g[0].float(), g[0].float().mT, beta=0.95, alpha=0.05)
+        )
     if dtype == BFLOAT16:
         variants["bmm, out_dtype"] = each(wide_)
         variants["baddbmm, out_dtype"] = each(
@@ -62,59 +63,6 @@ def bench_gram(batch: int, n: int, dtype: torch.dtype, rate: dict[str, float]) -
     name = str(dtype).removeprefix("torch.")
     return {"case": f"gram_ema_ {batch} x {n}², {name}", "milliseconds": found, "floor": floor,
             "error": relative(stat[:1], exact).max().item()}  # fmt: skip
-
-
-def meta_newton(A: torch.Tensor, p: int, ridge: float, steps: int = 25) -> torch.Tensor:
-    """Coupled Newton as usually written, (n, n) or (B, n, n), without its test in every step."""
-    eye = torch.eye(A.shape[-1], device=A.device)
-    A = A + ridge * shampoo_kernels.eigenvalue_bound(A)[..., None, None] * eye
-    z = (1 + p) / (2 * torch.linalg.matrix_norm(A))[..., None, None]
-    X, M = z ** (1 / p) * eye.expand_as(A), z * A
-    for _ in range(steps):
-        T = ((p + 1) * eye - M) / p
-        X = X @ T
-        M = torch.linalg.matrix_power(T, p) @ M
-    return X
-
-
-def half_products(A: torch.Tensor, count: int = 27) -> None:
-    """As many fp16 `baddbmm` as the OKLS schedule has (its time, not its root)."""
-    H = A.half()
-    for _ in range(count):
-        H = torch.baddbmm(H, H, H, beta=0.5, alpha=0.5)
-
-
-def bench_root(batch: int, n: int, p: int, ridge: float, rate: dict[str, float]) -> dict:
-    A = spectrum(n, 1 / ridge, blocks=4).repeat(batch // 4, 1, 1)
-    exact = truth(A[:4], p, ridge)
-
-    def ours(method: str, precision: str) -> torch.Tensor:
-        return inverse_root(A, p, ridge=ridge, method=method, precision=precision).root
-
-    variants: dict[str, Callable[[], object]] = {
-        "ours": lambda: ours("newton", "highest"),
-        "ours, product high": lambda: ours("product", "high"),
-        "27 fp16 baddbmm": lambda: half_products(A),
-        "same schedule, fp32 bmm": under("reference", lambda: ours("newton", "highest")),
-        "coupled Newton, bmm": lambda: meta_newton(A, p, ridge),
-        "coupled Newton, per block": eager(lambda: [meta_newton(a, p, ridge) for a in A]),
-        "torch.linalg.eigh, 4 blocks": eager(lambda: torch.linalg.eigh(A[:4])),
-    }
-    found = milliseconds({name: [call] for name, call in variants.items()}, rounds=4)
-    if (eigh := found.pop("torch.linalg.eigh, 4 blocks")) is not None:
-        found["torch.linalg.eigh"] = eigh * batch / 4
-    errors = {
-        name: relative(call()[:4], exact).max().item()  # type: ignore[index]
-        for name, call in variants.items()
-        if name in ("ours", "ours, product high", "same schedule, fp32 bmm", "coupled Newton, bmm")
-    }
-    return {
-        "case": f"inverse_root {batch} x {n}², p = {p}, ridge {ridge:g}",
-        "milliseconds": found,
-        "floor": None,
-        "error": errors.pop("ours"),
-        "errors": errors,
-    }
 
 
 def bench_precondition(batch: int, n: int, rate: dict[str, float]) -> dict:
@@ -149,47 +97,25 @@ def bench_bound(batch: int, n: int, rate: dict[str, float]) -> dict:
 
 
 def bench_power(batch: int, n: int, rate: dict[str, float]) -> dict:
-    A = spectrum(n, 1e3, blocks=1).repeat(batch, 1, 1)
+    A = [spectrum(n, 1e3, blocks=1).repeat(batch, 1, 1) for _ in copies(4 * batch * n * n)]
     found = milliseconds({
-        "ours": [lambda: power_iteration(A)],
-        "ours, one vector": [lambda: power_iteration(A, 10, 1)],
-        "12 bmm of 16 columns": [lambda: [A @ A[:, :, :16] for _ in range(12)]],
+        "ours": [lambda a=a: power_iteration(a) for a in A],
+        "ours, one vector": [lambda a=a: power_iteration(a, 10, 1) for a in A],
+        "12 bmm of 16 columns": [lambda a=a: [a @ a[:, :, :16] for _ in range(12)] for a in A],
     })  # fmt: skip
     floor = 12 * 4.0 * batch * n * n / rate["copy GB/s"] / 1e6
-    exact = torch.linalg.eigvalsh(A[:1].double())[:, -1]
-    error = (power_iteration(A[:1]).double() / exact - 1).abs().max().item()
+    exact = torch.linalg.eigvalsh(A[0][:1].double())[:, -1]
+    error = (power_iteration(A[0][:1]).double() / exact - 1).abs().max().item()
     return {"case": f"power_iteration {batch} x {n}², 10 steps, 16 vectors", "milliseconds": found,
             "floor": floor, "error": error}  # fmt: skip
-
-
-def bench_graphs(batch: int, n: int, rate: dict[str, float]) -> dict:
-    """A refresh as users call it, launches and all, with and without the package's own graphs."""
-    A = spectrum(n, 1e3, blocks=1).repeat(batch, 1, 1)
-
-    def refresh(graphs: str) -> torch.Tensor:
-        os.environ["SHAMPOO_KERNELS_GRAPHS"] = graphs
-        return inverse_root(A, 2, ridge=1e-3, method="newton").root
-
-    try:
-        found = milliseconds({
-            "ours": [eager(lambda: refresh("1"))], "no graph": [eager(lambda: refresh("0"))],
-        })  # fmt: skip
-        error = relative(refresh("1")[:1], truth(A[:1], 2, 1e-3)).max().item()
-    finally:
-        os.environ.pop("SHAMPOO_KERNELS_GRAPHS", None)
-    return {"case": f"inverse_root by own graph {batch} x {n}²", "milliseconds": found,
-            "floor": None, "error": error}  # fmt: skip
 
 
 def jobs() -> list[tuple[Callable[..., dict], tuple]]:
     sizes = [(1, 1024), (1, 2048), (1, 4096), (1, 8192), (64, 256), (64, 512), (64, 1024)]
     gram = [(bench_gram, (batch, n, dtype)) for batch, n in sizes for dtype in (BFLOAT16, FLOAT32)]
-    root = [(bench_root, (64, 1024, p, ridge)) for ridge in (1e-4, 1e-6) for p in (2, 4)]
     bounds = [(bench_bound, shape) for shape in ((64, 256), (64, 1024), (1, 4096))]
     power = [(bench_power, shape) for shape in ((64, 256), (64, 1024), (1, 4096))]
-    graphs = [(bench_graphs, shape) for shape in ((8, 64), (64, 256), (64, 512))]
-    more = [(bench_root, (64, 256, 2, 1e-4)), (bench_precondition, (64, 1024))]
-    return [*gram, *root, *more, *bounds, *power, *graphs]
+    return [*gram, (bench_precondition, (64, 1024)), *bounds, *power]
 
 
 def markdown(results: dict) -> str:
@@ -210,8 +136,21 @@ def markdown(results: dict) -> str:
         lines.append(
             f"| {row['case']} | {shown} | {floor} | {row['error']:.1e} | {'; '.join(cells)} |"
         )
-        lines += [f"| | | | {e:.1e} | {name} |" for name, e in row.get("errors", {}).items()]
+        lines += more(row)
     return "\n".join([*lines, *("", *results["left out"])])
+
+
+def more(row: dict) -> list[str]:
+    """Lines for the errors, the shares of their own floors and the work of others than ours."""
+    errors, floors, work = (row.get(name, {}) for name in ("errors", "floors", "work"))
+    lines = []
+    for name in dict.fromkeys([*errors, *work]):
+        time = row["milliseconds"].get(name)
+        share = f"{100 * floors[name] / time:.0f}" if name in floors and time else ""
+        error = f"{errors[name]:.1e}" if name in errors else ""
+        said = f"{name}: {work[name]}" if name in work else name
+        lines.append(f"| | | {share} | {error} | {said} |")
+    return lines
 
 
 def main(argv: list[str]) -> int:
@@ -233,9 +172,12 @@ def main(argv: list[str]) -> int:
     from gpu_bench_native import jobs as native_jobs
     from gpu_bench_peers import jobs as peer_jobs
     from gpu_bench_quack import jobs as quack_jobs
+    from gpu_bench_roots import jobs as root_jobs
     from gpu_bench_steps import jobs as step_jobs
+    from gpu_both_sides import jobs as both_jobs
 
-    every = native_jobs() + jobs() + quack_jobs() + step_jobs() + peer_jobs()
+    every = native_jobs() + jobs() + root_jobs() + both_jobs()
+    every += quack_jobs() + step_jobs() + peer_jobs()
     with use_backend(BACKEND):
         for function, arguments in every:
             name = f"{function.__name__}{arguments}"[:80]

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import torch
 from cases import GPT2, LLAMA_1B, Shape
-from gpu_bench import meta_newton
-from gpu_checks import relative, spectrum, truth
+from gpu_bench_roots import eigensolvers, meta_newton
 from gpu_checks_native import small_root, why_not
-from gpu_timing import BFLOAT16, eager, milliseconds, under
+from gpu_matrices import relative, spectrum, truth
+from gpu_timing import BFLOAT16, copies, eager, milliseconds, under
 
 from shampoo_kernels import inverse_root, orthogonal_iteration, power_iteration, use_backend
 from shampoo_kernels.ops.moments import Entry, Rule, moments_
@@ -21,29 +21,23 @@ DEVICE = "cuda"
 
 def bench_small_root(batch: int, n: int, p: int, ridge: float, rate: dict[str, float]) -> dict:
     """Against eigensolvers, plain coupled Newton by bmm, and our own schedule by bmm."""
-    A = spectrum(n, 1 / ridge, blocks=8).repeat(batch // 8, 1, 1)
-    exact = truth(A[:8], p, ridge)
+    rotated = [spectrum(n, 1 / ridge, blocks=8).repeat(batch // 8, 1, 1)
+               for _ in copies(4 * batch * n * n)]  # fmt: skip
+    A, exact = rotated[0], truth(rotated[0][:8], p, ridge)
     forms = {"ffma": False, "tf32x3": True}
-    variants: dict[str, Callable[[], object]] = {
-        name: lambda form=form: small_root(A, p, ridge, form)[0] for name, form in forms.items()
+    variants: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        name: lambda a, form=form: small_root(a, p, ridge, form)[0] for name, form in forms.items()
     }
-    variants["same schedule, bmm"] = under(
-        "reference", lambda: inverse_root(A, p, ridge=ridge, method="newton").root
-    )
-    variants["coupled Newton, bmm"] = lambda: meta_newton(A, p, ridge)
-    variants["torch.linalg.eigh"] = eager(lambda: torch.linalg.eigh(A))
-    try:
-        import cupy
-
-        given = cupy.from_dlpack(A)
-        variants["cupy.linalg.eigh"] = eager(lambda: cupy.linalg.eigh(given))
-    except ImportError:
-        pass
-    found = milliseconds({name: [call] for name, call in variants.items()}, rounds=6)
-    errors = {
-        name: relative(variants[name]()[:8], exact).max().item()  # type: ignore[index]
-        for name in ("ffma", "tf32x3", "same schedule, bmm", "coupled Newton, bmm")
+    variants["same schedule, bmm"] = lambda a: under(  # type: ignore[assignment,return-value]
+        "reference", lambda: inverse_root(a, p, ridge=ridge, method="newton").root
+    )()
+    variants["coupled Newton, bmm"] = lambda a: meta_newton(a, p, ridge)
+    calls = {
+        name: [lambda a=a, call=call: call(a) for a in rotated] for name, call in variants.items()
     }
+    calls |= {name: [call] for name, call in eigensolvers(A).items()}
+    found = milliseconds(calls, rounds=6)
+    errors = {name: relative(call(A)[:8], exact).max().item() for name, call in variants.items()}
     ours = min(forms, key=lambda name: found[name] or math.inf)
     return {
         "case": f"inverse_root, one launch ({ours}), {batch} x {n}², p = {p}, ridge {ridge:g}",
@@ -139,11 +133,15 @@ def bench_moments(name: str, shapes: list[tuple[int, int]], rate: dict[str, floa
 
 
 def bench_power(batch: int, n: int, rate: dict[str, float]) -> dict:
-    A = spectrum(n, 1e3, blocks=4).repeat(batch // 4, 1, 1)
-    call = lambda: power_iteration(A)  # noqa: E731
-    found = milliseconds({"ours": [under("native", call)], "torch": [under("reference", call)]})
-    exact = torch.linalg.eigvalsh(A[:4].double())[:, -1]
-    error = (1 - under("native", call)()[:4].double() / exact).max().item()  # type: ignore[index]
+    A = [spectrum(n, 1e3, blocks=4).repeat(batch // 4, 1, 1) for _ in copies(4 * batch * n * n)]
+    calls = [lambda a=a: power_iteration(a) for a in A]
+    found = milliseconds({
+        "ours": [under("native", call) for call in calls],
+        "torch": [under("reference", call) for call in calls],
+    })  # fmt: skip
+    exact = torch.linalg.eigvalsh(A[0][:4].double())[:, -1]
+    estimate = under("native", calls[0])()
+    error = (1 - estimate[:4].double() / exact).max().item()  # type: ignore[index]
     return {"case": f"power_iteration {batch} x {n}², 10 steps", "milliseconds": found,
             "floor": None, "error": error}  # fmt: skip
 

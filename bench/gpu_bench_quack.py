@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import gpu_timing as timing
 import torch
-from gpu_checks import relative
+from gpu_matrices import relative
 from gpu_timing import BFLOAT16, FLOAT32, Calls, copies, eager, milliseconds
 
 from shampoo_kernels import gram_ema_, orthogonalize

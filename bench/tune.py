@@ -160,17 +160,17 @@ def tune(
 
 def on_the_gpu(point: Point, rows: list[table.Row]) -> list[Timing]:
     """Each candidate over the same rotated inputs, by turns, medians; those that fail, left out."""
-    import gpu_checks
+    import gpu_matrices
     import gpu_timing as timing
 
-    dtype = gpu_checks.BFLOAT16 if point.mode == "16-bit" else gpu_checks.FLOAT32
+    dtype = gpu_matrices.BFLOAT16 if point.mode == "16-bit" else gpu_matrices.FLOAT32
     if point.mode == "16-bit" and point.op == "product":
-        dtype = gpu_checks.FLOAT16
+        dtype = gpu_matrices.FLOAT16
     batch, n, k = point.batch, point.n, point.k
     count = timing.copies(batch * n * (k * dtype.itemsize + 4 * n))
-    A = [gpu_checks.draw(batch, n, k, seed=seed, dtype=dtype) for seed in count]
+    A = [gpu_matrices.draw(batch, n, k, seed=seed, dtype=dtype) for seed in count]
     columns = min(n, 16) if point.op == "power_iteration" else n
-    D = [gpu_checks.draw(batch, n, columns, seed=seed) for seed in count]
+    D = [gpu_matrices.draw(batch, n, columns, seed=seed) for seed in count]
     names = {str(index): row for index, row in enumerate(rows)}
     calls = {
         name: [
@@ -185,7 +185,7 @@ def on_the_gpu(point: Point, rows: list[table.Row]) -> list[Timing]:
         if (value := times[name]) is not None:
             D[0].zero_()
             launch(point, row, A[0], D[0])
-            error = gpu_checks.relative(D[0][:1], 0.05 * exact).max().item()
+            error = gpu_matrices.relative(D[0][:1], 0.05 * exact).max().item()
             found.append(Timing(row, value, error))
     return found
 
@@ -210,9 +210,9 @@ def launch(point: Point, row: table.Row, A: torch.Tensor, D: torch.Tensor) -> No
 
 def error_of(point: Point) -> float:
     """Relative error that the mode's operands and a float32 sum of k products may make."""
-    import gpu_checks
+    import gpu_matrices
 
-    return 4 * gpu_checks.UNITS[point.mode] + 16 * point.k**0.5 * 2.0**-23
+    return 4 * gpu_matrices.UNITS[point.mode] + 16 * point.k**0.5 * 2.0**-23
 
 
 def main(argv: list[str]) -> int:

@@ -50,10 +50,10 @@ TABLE = (
     Row("pack", "cpu", "native", (torch.float32,), "all pieces in one call, moments too"),
     Row("gram_ema_", "cuda", "triton", (torch.float32,), "symmetric product", False),
     Row("kronecker_power_step", "cuda", "triton", (torch.float32,), "symmetric product", False),
+    Row("inverse_root", "cuda", "native", MASTERS, "newton to n = 128 in one launch", False),
     Row("inverse_root", "cuda", "triton", (torch.float32,), "iterations in half products", False),
     Row("precondition", "cuda", "triton", (torch.float32,), "norm in the product", False),
     Row("eigenvalue_bound", "cuda", "native", MASTERS, "one launch", False),
-    Row("inverse_root", "cuda", "native", MASTERS, "newton to n = 128 in one launch", False),
     Row("power_iteration", "cuda", "native", MASTERS, "to n = 1024 in one launch", False),
     Row("orthogonal_iteration", "cuda", "native", MASTERS, "to n = 128 in one launch", False),
     Row(
@@ -86,8 +86,9 @@ _KEY = _VARIABLE if _ENVIRONMENT is os.environ else os.environ.encodekey(_VARIAB
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
 
 
-def choose(op: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that serves `op` on tensors of this device type and dtype.
+def choose(op: str, device: str, dtype: torch.dtype, but: str | None = None) -> str:
+    """The backend that serves `op` on tensors of this device type and dtype; `but`: not that one,
+    which does not take this shape.
 
     An override (`use_backend`, or SHAMPOO_KERNELS_BACKEND) is a preference: an op that the named
     backend does not have takes the reference. A backend that is absent altogether raises.
@@ -96,17 +97,19 @@ def choose(op: str, device: str, dtype: torch.dtype) -> str:
     if wanted is None and (wanted := _variable()) is not None:
         _check_present(wanted, _VARIABLE)
     for row in _ROWS.get((op, device), ()):
-        if dtype in row.dtypes:
+        if dtype in row.dtypes and row.backend != but:
             asked = row.measured if wanted is None else wanted == row.backend
             if asked and why_absent(row) is None:
                 return row.backend
     return "reference"
 
 
-def choose_for(op: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+def choose_for(
+    op: str, tensor: torch.Tensor, dtype: torch.dtype | None = None, but: str | None = None
+) -> str:
     """`choose` for the device of `tensor`, and its dtype where none is given."""
     device = "cpu" if tensor.is_cpu else tensor.device.type
-    return choose(op, device, dtype or tensor.dtype)
+    return choose(op, device, dtype or tensor.dtype, but)
 
 
 def _variable() -> str | None:

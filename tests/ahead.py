@@ -7,6 +7,7 @@ launch there. Runs in processes of its own (`everything`), so that no other test
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -47,10 +48,12 @@ def compiled(target: str, kernel, launch) -> dict:
     kernel.device_caches.clear()
     binary = kernel.warmup(*launch.arguments, grid=launch.grid, **launch.meta)
     text = binary.asm["amdgcn" if target == "gfx942" else "ptx"]
+    stack, registers = (_scratch(text), None) if target == "gfx942" else _usage(binary.asm["cubin"])
     return {
         "shared": binary.metadata.shared,
         "tensor_memory": getattr(binary.metadata, "tmem_size", None) or 0,
-        "stack": _scratch(text) if target == "gfx942" else _stack(binary.asm["cubin"]),
+        "stack": stack,
+        "registers": registers,
         "trap": re.search(r"\bs_trap\b|\btrap;", text) is not None,
         "wide_offsets": re.search(r"arith\.muli .*i64", binary.asm["ttir"]) is not None,
         **{name: text.count(name) for name in INSTRUCTIONS},
@@ -71,8 +74,8 @@ class _Driver:
         return self.target
 
 
-def _stack(cubin: bytes) -> int:
-    """Bytes of stack and local memory, which is where registers spill to."""
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Bytes of stack and local memory, which is where registers spill to, and registers."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -83,16 +86,16 @@ def _stack(cubin: bytes) -> int:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
     assert len(found) >= 2, usage
-    return sum(map(int, found))
+    return sum(map(int, found)), int(re.search(r"REG:(\d+)", usage).group(1))
 
 
 def _scratch(assembly: str) -> int:
     return int(re.search(r"ScratchSize: (\d+)", assembly).group(1))
 
 
-def row(target: str, index: int, mode: str, turned: bool) -> dict:
+def row(target: str, index: int, mode: str, turned: bool, n: int = 160) -> dict:
     """The product kernel with row `index` of the table in this mode, as the row's op calls it;
-    turned: with transposed operands (Gᵀ G)."""
+    turned: with transposed operands (Gᵀ G). Where n is odd, no load or store is of 16 bytes."""
     from shampoo_kernels.kernels import launch, table
     from shampoo_kernels.kernels.product import product_kernel
 
@@ -100,9 +103,9 @@ def row(target: str, index: int, mode: str, turned: bool) -> dict:
     table.target = lambda device: target
     select, table.select = table.select, lambda *arguments: chosen
     sixteen = torch.float16 if chosen.op == "product" else torch.bfloat16
-    A = torch.empty(2, 160, 160, dtype=sixteen if mode == "16-bit" else torch.float32)
+    A = torch.empty(2, n, n, dtype=sixteen if mode == "16-bit" else torch.float32)
     A = A.mT if turned else A
-    D, other = torch.empty(2, 160, 160), torch.empty(2, 160, 160)
+    D, other = torch.empty(2, n, n), torch.empty(2, n, n)
     options = {"a": 0.0, "b": 0.5, "c": 0.5, "C": None, "D16": None, "scale16": 1.0,
                "symmetric": False, "measure": None}  # fmt: skip
     options |= {
@@ -150,6 +153,7 @@ def flow(target: str, op: str, n: int, *arguments) -> list[dict]:
     if op == "gram_ema_":
         weighted, splits = arguments
         table.splits = lambda *_: splits
+        G = G if splits == 1 else torch.zeros(2, 64, n, dtype=G.dtype)  # a sum that can be cut
         weight = S.clone() if weighted else None
         gram_ema.accumulate_(S, G[:, None].mT, weight, torch.zeros(2), 0.5, "highest")
     elif op == "inverse_root":
@@ -166,3 +170,17 @@ def flow(target: str, op: str, n: int, *arguments) -> list[dict]:
     else:
         precondition.precondition_(torch.empty_like(S), G, S, S, *arguments)
     return list(found.values())
+
+
+def both_sides(target: str, n: int) -> dict:
+    """The experiment of bench/gpu_both_sides.py, with the rows of the table for (2, n, n)."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+    import gpu_both_sides
+
+    from shampoo_kernels.kernels import table
+
+    table.target = lambda device: target
+    G, left, right = (torch.empty(2, n, n, dtype=dtype)
+                      for dtype in (torch.bfloat16, torch.float32, torch.float32))  # fmt: skip
+    launch = gpu_both_sides.prepare(left, right, G, 0.9, 0.1)
+    return compiled(target, gpu_both_sides.both_sides_kernel, launch)

@@ -12,6 +12,7 @@ INTERPRETED = (
     "test_triton_eigenvalue_bound.py",
     "test_triton_power_iteration.py",
     "test_triton_precondition.py",
+    "test_triton_both_sides.py",
     "test_tiles.py",
 )
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else list(INTERPRETED)

@@ -1,9 +1,11 @@
 """The chooser: what serves what, the two ways to override it, and what it says when it cannot."""
 
+import functools
 import math
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -130,6 +132,46 @@ def test_cuda_cpp_serves_where_it_is_asked_for(monkeypatch):
             assert "not measured" in served.reason
         with shampoo_kernels.use_backend("triton"):
             assert chooser.choose(row.op, "cuda", torch.float64) == "reference"
+
+
+@pytest.mark.parametrize("op", ["inverse_root", "power_iteration"])
+def test_what_cuda_cpp_does_not_take_goes_to_triton(monkeypatch, op):
+    """Once both are measured: small matrices are CUDA C++'s where it is built, the rest Triton's,
+    and everything where it is not."""
+    rows = [row._replace(measured=True) for row in chooser.TABLE if (row.op, row.device) ==
+            (op, "cuda")]  # fmt: skip
+    monkeypatch.setitem(chooser._ROWS, (op, "cuda"), rows)
+    monkeypatch.setattr(chooser, "why_absent", lambda row: None)
+    monkeypatch.setattr(chooser, "_check_present", lambda *_: None)
+    choose = functools.partial(chooser.choose, op, "cuda")
+    assert choose(torch.float32) == "native"
+    assert choose(torch.float32, but="native") == "triton"
+    assert choose(torch.float64, but="native") == "reference"
+    with shampoo_kernels.use_backend("native"):
+        assert choose(torch.float32, but="native") == "reference"
+    with shampoo_kernels.use_backend("triton"):
+        assert choose(torch.float32) == "triton"
+    monkeypatch.setattr(
+        chooser, "why_absent", lambda row: "no" if row.backend == "native" else None
+    )
+    assert choose(torch.float32) == "triton"
+
+
+@pytest.mark.parametrize(("method", "fits", "expected"), [
+    ("newton", True, "native"), ("newton", False, "triton"), ("product", True, "triton"),
+    ("eigh", True, "triton"),  # which it leaves to torch
+])  # fmt: skip
+def test_small_roots_on_a_gpu_are_cuda_cpps(monkeypatch, method, fits, expected):
+    from shampoo_kernels.ops import inverse_root, roots
+
+    found = []
+    A = types.SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    monkeypatch.setattr(inverse_root, "choose_for", lambda op, A, but=None:
+                        "native" if but is None else "triton")  # fmt: skip
+    monkeypatch.setattr(inverse_root.small, "takes_root", lambda A: fits)
+    monkeypatch.setattr(roots, "compute", lambda method, backend, *_: found.append(backend))
+    inverse_root._compute(None, None, None, A, 2.0, method=method)
+    assert found == [expected]
 
 
 @built

@@ -1,14 +1,17 @@
 """The product kernel in the interpreter: a*I + b*C + c*A@B against float64."""
 
+import ast
+import importlib
 import inspect
+import pkgutil
 
 import interpreted  # noqa: F401  (first: it chooses the interpreter)
 import pytest
 import torch
 from interpreted import form  # noqa: F401
 
+from shampoo_kernels import kernels
 from shampoo_kernels.kernels import launch, table
-from shampoo_kernels.kernels import product as module
 from shampoo_kernels.kernels.product import product
 
 SHAPES = [(1, 1, 1), (2, 40, 3), (33, 65, 40), (64, 32, 96), (70, 100, 129)]
@@ -230,8 +233,14 @@ def test_words_never_mean_tf32():
         for word in ("highest", "high"):
             mode = table.mode(torch.float32, torch.float32, word, target)
             assert table.MODES[mode][1] in ("ieee", "tf32x3", "bf16x3", "bf16x6")
-    source = inspect.getsource(module)
-    assert source.count("tl.dot(") == source.count("input_precision=")
+    found = 0
+    for info in pkgutil.iter_modules(kernels.__path__, "shampoo_kernels.kernels."):
+        for call in ast.walk(ast.parse(inspect.getsource(importlib.import_module(info.name)))):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("tl.dot", "tl.dot_scaled"):
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                assert given.get("input_precision") in ("'ieee'", "PRECISION"), ast.unparse(call)
+                found += 1
+    assert found >= 5
 
 
 def test_64_bit_offsets():
@@ -243,6 +252,25 @@ def test_64_bit_offsets():
     D = poisoned(1, 33, 33)
     product(A, A.mT, D, op="gram_ema_", symmetric=True)
     assert_close(D, exact(A, A.mT))
+
+
+def test_blocks_far_apart():
+    """More than 2^31 elements from one block to the next, of every operand and result."""
+    far = 2**31 + 48  # also a multiple of 16 bytes, for descriptors
+    A, C, D = (torch.empty(far + 4096, dtype=torch.float16).as_strided((2, 32, 32), (far, 32, 1))
+               for _ in range(3))  # fmt: skip
+    A.copy_(draw(2, 32, 32))
+    C.copy_(draw(2, 32, 32, seed=1))
+    product(A, A, D, op="product", b=2.0, C=C)
+    assert_close(D, exact(A, A, b=2.0, C=C), extra=2.0**-10)
+
+
+def test_any_number_of_blocks():
+    """The grid has one dimension: the others end at 65,535."""
+    X = torch.empty(1, 1, 1).expand(100_000, 40, 40)
+    rest = {"C": None, "D16": None, "scale16": 1.0, "measure": None, "precision": "highest"}
+    ready = launch.prepare(X, X, X, op="product", a=0.0, b=0.0, c=1.0, symmetric=True, **rest)
+    assert ready.grid == (300_000,)
 
 
 def test_descriptors_get_aligned_strides():

@@ -58,7 +58,7 @@ def test_elements_written_and_mirrored_cover_the_square(n, block):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_kernels_triangle_is_pythons(group):
-    for rows in (*range(1, 40), 64, 65, 100, 125):
+    for rows in range(1, 126):
         count = rows * (rows + 1) // 2
         expected = [tiles.triangle_py(index, rows, group) for index in range(count)]
         assert np.array_equal(mapped(rows, 0, group), expected)

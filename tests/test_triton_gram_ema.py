@@ -4,9 +4,12 @@ import interpreted  # noqa: F401  (first: it chooses the interpreter)
 import pytest
 import test_gram_ema as laws
 import torch
+from alive import Alive
 from interpreted import form  # noqa: F401
 
 from shampoo_kernels import kronecker_power_step, ops  # noqa: F401
+from shampoo_kernels.kernels import gram_ema as kernels
+from shampoo_kernels.kernels import product as product_module
 from shampoo_kernels.kernels import table
 from shampoo_kernels.ops import gram_ema
 from shampoo_kernels.ops import kronecker_power_step as power_step
@@ -68,6 +71,55 @@ def test_split_over_k(monkeypatch, splits, side, weighted):
     again = stat.clone()
     gram_ema.gram_ema_(again, grad, 0.5, 0.0, side=side, weight=weight)
     assert torch.equal(again, 0.5 * stat)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, torch.tensor([0.0]), torch.tensor([0.5, 0.0])], ids=str)
+def test_a_zero_alpha_reads_nothing(monkeypatch, splits, weighted, alpha):
+    """In no product: their factor of A @ B is 0 for that block, and then neither is read."""
+    factors, multiply = [], kernels.product
+
+    def product(*operands, c=1.0, **options):
+        factors.append(torch.as_tensor(c).reshape(-1)[-1].item())
+        multiply(*operands, c=c, **options)
+
+    monkeypatch.setattr(kernels, "product", product)
+    monkeypatch.setattr(table, "splits", lambda *_: splits)
+    weight = laws.symmetric(2, 96, 96) if weighted else None
+    old = laws.symmetric(2, 40, 40, seed=1)
+    stat = gram_ema.gram_ema_(old.clone(), laws.draw(2, 40, 96), 0.5, alpha, side="left",
+                              weight=weight)  # fmt: skip
+    assert factors == [0.0] * (1 + weighted)
+    assert torch.equal(stat[1], 0.5 * old[1])
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_the_same_in_every_run(monkeypatch, splits):
+    monkeypatch.setattr(table, "splits", lambda *_: splits)
+    grad = laws.draw(2, 40, 96)
+    runs = [gram_ema.gram_ema_(torch.zeros(2, 40, 40), grad, 0.0, 0.3, side="left")
+            for _ in range(2)]  # fmt: skip
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_both_sides_without_a_copy(monkeypatch, side, dtype):
+    """One launch, on the memory of stat and grad, and no other tensor."""
+    launches = []
+    monkeypatch.setattr(product_module, "run", lambda kernel, launch, on: launches.append(launch))
+    grad = laws.draw(2, 32, 48, dtype=dtype)
+    n = 32 if side == "left" else 48
+    stat = torch.zeros(2, n, n)
+    with Alive() as alive:
+        gram_ema.gram_ema_(stat, grad, 0.5, 1.0, side=side)
+    assert alive.peak == 0
+    (launch,) = launches
+    A, B, C, D, *rest = launch.arguments
+    assert {x.base.data_ptr() for x in (A, B)} == {grad.data_ptr()}
+    assert {x.base.data_ptr() for x in (C, D)} == {stat.data_ptr()}
+    assert rest[:2] == [None, None]
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -51,6 +51,12 @@ def test_accuracy_law_in_float32(method, p, n, ridge):
     assert (error <= laws.law_of_families(n, p, ridge, method)).all()
 
 
+@pytest.mark.parametrize("p", [5, 6, 7, 12, 64])
+def test_other_roots_in_the_m_form(p):
+    """Each pattern of bits of p: h is squared, and multiplied to M where p has one."""
+    test_accuracy_law_in_float32("newton", p, 33, 1e-3)
+
+
 @functools.cache
 def low_precision_errors(precision, p, n, ridge):
     A = laws.stack(n)[1]

@@ -20,7 +20,8 @@ def accumulate_(
     """stat (B, m, m) <- beta*stat + alpha * sum_s G_s W G_sᵀ for grads (B, S, m, n), W (B, n, n).
 
     stat and W float32, grads any float dtype but float64; factors: floats, or tensors (1,) or (B,).
-    Only the lower triangle of stat is read, both are written.
+    Only the lower triangle of stat is read, both are written. Where alpha is 0, neither grads nor
+    weight is read, where beta is 0, stat is not.
     """
     G = grads.transpose(1, 2).flatten(2)  # (B, m, S*n); a view for S = 1, and for every Gᵀ G
     left = G
@@ -28,7 +29,8 @@ def accumulate_(
         batch, samples, m, n = grads.shape
         left = torch.empty(batch, m, samples, n, dtype=torch.float32, device=stat.device)
         wide = weight.expand(samples, -1, -1, -1)
-        product(grads.transpose(0, 1), wide, left.permute(2, 0, 1, 3), op="gram_ema_",
+        read = alpha.ne(0).float() if isinstance(alpha, Tensor) else float(alpha != 0)
+        product(grads.transpose(0, 1), wide, left.permute(2, 0, 1, 3), op="gram_ema_", c=read,
                 precision=precision)  # fmt: skip
         left = left.flatten(2)
     right = G.mT
@@ -43,40 +45,35 @@ def accumulate_(
     parts = torch.empty(splits, *stat.shape, dtype=torch.float32, device=stat.device)
     left = left.unflatten(-1, (splits, -1)).permute(2, 0, 1, 3)
     right = right.unflatten(-2, (splits, -1)).transpose(0, 1)
-    product(left, right, parts, op="gram_ema_", symmetric=True, precision=precision)
-    combine_(stat, parts, beta, alpha)
+    product(left, right, parts, op="gram_ema_", c=alpha, symmetric=True, precision=precision)
+    combine_(stat, parts, beta)
 
 
-def combine_(stat: Tensor, parts: Tensor, beta: float | Tensor, alpha: float | Tensor) -> None:
-    """stat (B, m, m) <- beta*stat + alpha * sum of parts (S, B, m, m), in the order of S."""
+def combine_(stat: Tensor, parts: Tensor, beta: float | Tensor) -> None:
+    """stat (B, m, m) <- beta*stat + sum of parts (S, B, m, m), in the order of S."""
     batch, m, _ = stat.shape
     rows = triton.cdiv(m, _BLOCK)
-    arguments = (stat, parts, m, (0, *stat.stride()), parts.stride(), beta, alpha)
-    meta = {
-        "beta_stride": factor_stride(beta), "alpha_stride": factor_stride(alpha),
-        "SPLITS": parts.shape[0], "BLOCK": _BLOCK, "num_warps": 8,
-    }  # fmt: skip
+    arguments = (stat, parts, m, (0, *stat.stride()), parts.stride(), beta)
+    meta = {"beta_stride": factor_stride(beta), "SPLITS": parts.shape[0], "BLOCK": _BLOCK,
+            "num_warps": 8}  # fmt: skip
     run(combine_kernel, Launch((batch * rows * (rows + 1) // 2,), arguments, meta), stat)
 
 
 @triton.jit
 def combine_kernel(
-    stat, parts, m, stat_strides, parts_strides, beta, alpha,
-    beta_stride: tl.constexpr, alpha_stride: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    stat, parts, m, stat_strides, parts_strides, beta,
+    beta_stride: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile of the lower triangle and its mirror image, as in the product kernel."""
     rows = tl.cdiv(m, BLOCK)
     tiles = rows * (rows + 1) // 2
     row, column = triangle(tl.program_id(0) % tiles, rows, 1)
     block, row, column = tl.program_id(0) // tiles, row * BLOCK, column * BLOCK
-    beta, alpha = _factor(beta, block, beta_stride), _factor(alpha, block, alpha_stride)
+    beta = _factor(beta, block, beta_stride)
     out = tl.zeros((BLOCK, BLOCK), tl.float32)
-    if alpha != 0:
-        for part in tl.static_range(SPLITS):
-            out += _load(parts, part, block, row, column, m, m, parts_strides,
-                         BLOCK, BLOCK, False, False)  # fmt: skip
-        out *= alpha
+    for part in tl.static_range(SPLITS):
+        out += _load(parts, part, block, row, column, m, m, parts_strides,
+                     BLOCK, BLOCK, False, False)  # fmt: skip
     if beta != 0:
         out += beta * _load(stat, block, block, row, column, m, m, stat_strides,
                             BLOCK, BLOCK, False, False)  # fmt: skip

@@ -64,23 +64,32 @@ _OPS = {  # the modes that each op's operands come in, apart from "16-bit"
 
 
 def _rows(op: str, fp32: tuple[str, ...]) -> tuple[Row, ...]:
-    narrow = 32 if op == "power_iteration" else 64  # few columns, and 64 spills registers
-    stages = 4 if op == "power_iteration" else 3  # on sm_100 three of them spill 16 bytes
+    once = tuple(mode for mode in ("bf16", "tf32") if mode in fp32)
+    split = tuple(mode for mode in fp32 if mode not in once)  # into three or six products
     rows: tuple[Row, ...] = (
         Row("sm_90", op, ("16-bit",), _SMALL, "descriptor", 64, 64, 4, 4),
         Row("sm_90", op, ("16-bit",), _LARGE, "descriptor", 128, 64, 8, 4),
-        Row("sm_90", op, ("16-bit",), _SMALL, "pointer", 64, 32, 4, 4),
-        Row("sm_90", op, ("16-bit",), _LARGE, "pointer", 128, 64, 8, 3),
         Row("sm_90", op, fp32, _SMALL, "descriptor", 64, 32, 4, 4),
         Row("sm_90", op, fp32, _LARGE, "descriptor", 128, 32, 8, 3),
-        Row("sm_90", op, (*fp32, "ieee"), _LARGE, "pointer", 64, 32, 4, 3),
-        Row("sm_80", op, ("16-bit",), _LARGE, "pointer", 64, 32, 4, 4),
-        Row("sm_80", op, (*fp32, "ieee"), _LARGE, "pointer", narrow, 32, 4, 2),
-        Row("sm_100", op, ("16-bit", *fp32, "ieee"), _LARGE, "pointer", 64, 32, 4, stages),
         Row("gfx942", op, ("16-bit", *_HIP, "ieee"), _LARGE, "pointer", 64, 32, 4, 2),
     )
+    # Pointer rows serve odd strides, whose loads are narrow and pass through registers: there tiles
+    # of 64 x 64 on four warps spill up to 96 bytes, 128 x 128 on eight up to 768. The stages are
+    # those with which nothing spills for odd and aligned strides, as they are and transposed.
+    # ieee, which no word stands for, has no tensor cores: large tiles would only unroll.
+    parts = (64, 2) if op in ("newton", "power_iteration") else (32, 3)
+    for target, stages, split_k, split_stages in (
+        ("sm_90", 2, 32, 3), ("sm_80", 3, 32, 2), ("sm_100", 2, *parts),
+    ):  # fmt: skip
+        rows += (
+            Row(target, op, ("16-bit",), _LARGE, "pointer", 64, 64, 8, 3),
+            Row(target, op, once, _LARGE, "pointer", 64, 64, 8, stages),
+            Row(target, op, split, _LARGE, "pointer", 64, split_k, 8, split_stages),
+            Row(target, op, ("ieee",), _LARGE, "pointer", 32, 32, 4, 3 if target == "sm_80" else 2),
+        )
     if op in ("newton", "power_iteration"):  # all of their matrices are float32
         rows = tuple(row for row in rows if row.modes != ("16-bit",))
+    rows = tuple(row for row in rows if row.modes)
     return tuple(row._replace(split=_SPLIT_K) for row in rows) if op == "gram_ema_" else rows
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shampoo_kernels import native
 from shampoo_kernels.chooser import choose_for
-from shampoo_kernels.ops import common, roots
+from shampoo_kernels.ops import common, roots, small
 from shampoo_kernels.ops.overlap import check_apart, check_same_or_apart
 
 _OP = "inverse_root"
@@ -209,6 +209,8 @@ def compute_(
             isa = native.isa() if backend == "native" and A.dtype == torch.float32 else None
             method = roots.auto_method(A.device.type, isa, A.shape[-1], p, precision, ridge, floor)
         retry = retry or A.device.type == "cpu"
+    if backend == "native" and A.is_cuda and not (method == "newton" and small.takes_root(A)):
+        backend = choose_for(_OP, A, but="native")
     results = (root, residual, status)
     roots.compute(method, backend, A, p, ridge, floor, rank_rtol, previous, *results, precision)
     if retry and method != "eigh":

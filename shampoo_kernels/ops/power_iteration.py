@@ -98,6 +98,8 @@ def _implementation(A: Tensor, steps: int, vectors: int) -> Tensor:
     backend = choose_for(_OP, A)
     if backend == "native" and A.numel() and (A.is_cpu or small.takes_power(A, vectors)):
         return torch.ops.shampoo_kernels_native.power_iteration(A, steps, vectors)
+    if backend == "native":
+        backend = choose_for(_OP, A, but="native")
     if backend == "triton":
         from shampoo_kernels.kernels import power_iteration as kernels
 
