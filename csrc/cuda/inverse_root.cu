@@ -93,14 +93,12 @@ __device__ Distance<T> shift(T* M, int n, int leading, T scale, T shift) {
 template <class T, class Product>
 __device__ void polynomial(const Product& product, const T* M, T* H, int n, int leading,
                            const typename RootSteps<T>::Step& h) {
-  if (h.s != 0) {
-    product(M, M, H, {h.t, h.s, 1, M});
-    product(H, H, H, {h.a, h.b, h.c, M});
-    return;
-  }
   if (h.c != 0) {
-    product(M, M, H, {h.a, h.b, h.c, M});
-    return;
+    const T* Q = M;
+    for (bool inner = h.s != 0;; inner = false, Q = H) {  // one call: inlined, it takes registers
+      product(Q, Q, H, inner ? Epilogue<T>{h.t, h.s, 1, M} : Epilogue<T>{h.a, h.b, h.c, M});
+      if (!inner) return;
+    }
   }
   for (int at = threadIdx.x; at < n * n; at += blockDim.x) {
     const int i = at / n, j = at % n;
@@ -192,7 +190,7 @@ __device__ bool write(const InverseRoot<T>& problem, int64_t b, const T* X, int 
 }
 
 template <class T, class Product>
-__global__ void __launch_bounds__(Product::kMostThreads)
+__global__ void __launch_bounds__(Product::kMostThreads, Product::kLeastBlocks)
     inverse_root_kernel(InverseRoot<T> problem, RootSteps<T> steps) {
   __shared__ Scratch<T> scratch;
   const int n = static_cast<int>(problem.A.n), leading = Product::leading(n);

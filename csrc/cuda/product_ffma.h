@@ -43,6 +43,7 @@ class FfmaProduct {
  public:
   using Number = T;
   static constexpr int kMostThreads = sizeof(T) == 8 ? 288 : 128;
+  static constexpr int kLeastBlocks = sizeof(T) == 4 && kTile == 4 ? 4 : 1;  // that share registers
 
   static __host__ __device__ int panels(int n) { return (n + kTile - 1) / kTile; }
   static __host__ __device__ int leading(int n) { return panels(n) * kTile; }

@@ -16,6 +16,7 @@ class MmaProduct {
  public:
   using Number = float;
   static constexpr int kTile = 16, kMostTiles = 3, kMostThreads = 12 * kWarpSize;
+  static constexpr int kLeastBlocks = 1;
 
   static __host__ __device__ int panels(int n) { return (n + kTile - 1) / kTile; }
   static __host__ __device__ int leading(int n) { return panels(n) * kTile + 4; }
