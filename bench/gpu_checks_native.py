@@ -57,7 +57,7 @@ def small_root(
     status = torch.full(A.shape[:1], -1, dtype=torch.int8, device=DEVICE)
     steps = roots.steps_with_reach(ridge, p, A.dtype)
     torch.ops.shampoo_kernels_native.inverse_root_small_(
-        A, p, ridge, steps, tensor_cores, previous, root, residual, status
+        A, p, ridge, steps, tensor_cores, None, previous, root, residual, status
     )
     return root, residual, status
 

@@ -45,16 +45,17 @@ STABLE_TORCH_LIBRARY(shampoo_kernels_native, m) {
   m.def("precondition_(Tensor(a!) out, Tensor grad, Tensor? left, Tensor? right) -> Tensor");
   m.def("eigenvalue_bound(Tensor A) -> Tensor");
   m.def(
-      "inverse_root_eigh_(Tensor A, float p, float ridge, float? rank_rtol, Tensor? previous, "
-      "Tensor(a!) root, Tensor(b!) residual, Tensor(c!) status) -> ()");
+      "inverse_root_eigh_(Tensor A, float p, float ridge, float? rank_rtol, Tensor? scale, "
+      "Tensor? previous, Tensor(a!) root, Tensor(b!) residual, Tensor(c!) status) -> ()");
   m.def(
-      "inverse_root_newton_(Tensor A, int p, float ridge, Tensor steps, Tensor? previous, "
-      "Tensor(a!) root, Tensor(b!) residual, Tensor(c!) status) -> ()");
-  // CUDA alone; steps: (count, 4) float64 on the CPU, rows of RootSteps<T>::Step
+      "inverse_root_newton_(Tensor A, int p, float ridge, Tensor steps, Tensor? scale, "
+      "Tensor? previous, Tensor(a!) root, Tensor(b!) residual, Tensor(c!) status) -> ()");
+  // CUDA alone; steps: (count, 6) float64 on the CPU, rows of RootSteps<T>::Step
   // (cuda/launchers.h).
   m.def(
       "inverse_root_small_(Tensor A, int p, float ridge, Tensor steps, bool tensor_cores, "
-      "Tensor? previous, Tensor(a!) root, Tensor(b!) residual, Tensor(c!) status) -> ()");
+      "Tensor? scale, Tensor? previous, Tensor(a!) root, Tensor(b!) residual, Tensor(c!) status) "
+      "-> ()");
   m.def("power_iteration(Tensor A, int steps, int vectors) -> Tensor");
   m.def(
       "orthogonal_iteration_(Tensor A, Tensor Q, float lift, int steps, Tensor(a!) eigenvalues, "

@@ -36,6 +36,7 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
 }
 
 inline void check_inverse_root(const char* op, const Tensor& A, double p, double ridge,
+                               const std::optional<Tensor>& scale,
                                const std::optional<Tensor>& previous, const Tensor& root,
                                const Tensor& residual, const Tensor& status) {
   check_square_floats(op, A);
@@ -44,6 +45,7 @@ inline void check_inverse_root(const char* op, const Tensor& A, double p, double
   check_like(op, "root", root, A, dtype, {blocks, n, n}, false);
   STD_TORCH_CHECK(n <= 1 || (root.stride(2) == 1 && root.stride(1) == n), op,
                   ": the matrices of root must be contiguous");
+  if (scale) check_like(op, "scale", *scale, A, dtype, {blocks}, false);
   if (previous) check_like(op, "previous", *previous, A, dtype, {blocks, n, n}, false);
   check_like(op, "residual", residual, A, dtype, {blocks}, true);
   check_like(op, "status", status, A, ScalarType::Char, {blocks}, true);
@@ -63,10 +65,13 @@ inline void check_steps(const char* op, const Tensor& steps, ScalarType dtype, i
 
 template <class T>
 InverseRoot<T> inverse_root_of(const Tensor& A, double p, double ridge,
+                               const std::optional<Tensor>& scale,
                                const std::optional<Tensor>& previous, const Tensor& root,
                                const Tensor& residual, const Tensor& status) {
   auto stride = [&](int dim) { return previous ? previous->stride(dim) : 0; };
   return {symmetric_stack<T>(A),
+          scale ? scale->const_data_ptr<T>() : nullptr,
+          scale ? scale->stride(0) : 0,
           p,
           ridge,
           previous ? previous->const_data_ptr<T>() : nullptr,

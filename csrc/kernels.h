@@ -99,10 +99,12 @@ void eigenvalue_bound(const SymmetricStack<T>& stack, T* bound, const Parallel& 
 
 enum class RootStatus : int8_t { kConverged = 0, kKeptPrevious = 2, kFailed = 3 };
 
-// root[b] <- (A[b] + ridge * eigenvalue_bound(A[b]) I)^(-1/p).
+// root[b] <- (B + ridge * eigenvalue_bound(B) I)^(-1/p), B = scale[b] A[b].
 template <class T>
 struct InverseRoot {
   SymmetricStack<T> A;
+  const T* scale;  // (blocks,) or null: 1
+  int64_t scale_stride;
   double p;           // > 0
   double ridge;       // >= 0
   const T* previous;  // (blocks, n, n) or null: what a block that has no root keeps

@@ -9,7 +9,15 @@ import pytest
 import torch
 from root_law import law, relative, truth
 
-from shampoo_kernels import InverseRoot, RootStatus, eigenvalue_bound, inverse_root, use_backend
+from shampoo_kernels import (
+    InverseRoot,
+    RootStatus,
+    eigenvalue_bound,
+    inverse_root,
+    native,
+    use_backend,
+)
+from shampoo_kernels.ops.inverse_root import compute_
 
 METHODS = [("eigh", p) for p in (1, 2, 4)] + [("newton", p) for p in (1, 2, 3, 4)]
 METHODS += [("product", p) for p in (1, 2, 4)]
@@ -361,3 +369,26 @@ def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message) as raised:
         inverse_root(A, p, **(options[0] if options else {}))
     assert str(raised.value).startswith("inverse_root: ")
+
+
+@pytest.mark.parametrize("method", ["auto", "newton", "product", "eigh"])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scale_is_as_if_the_matrices_came_scaled(method, backend, dtype):
+    """Bit for bit; 0 keeps the previous root, also where the iteration leaves a block to eigh."""
+    if backend == "native" and native.lib is None:
+        pytest.skip("no native kernels")
+    A = torch.stack([matrices.condition(20, 1e3), matrices.condition(20, 10.0)] * 2).to(dtype)
+    A[2] -= 0.9e-4 * eigenvalue_bound(A[2]) * torch.eye(20)  # too far below 0 for an iteration
+    scale = torch.tensor([3.7e-20, 1.0, 0.3, 0.0], dtype=dtype)
+    found = []
+    for given, factor in ((A * scale[:, None, None], None), (A, scale)):
+        root, residual, status = torch.full_like(A, 7), A.new_empty(4), torch.empty(4).char()
+        with use_backend(backend):
+            compute_(root, residual, status, given, 2.0, ridge=1e-4, method=method, scale=factor,
+                     previous=root)  # fmt: skip
+        found.append((root, residual, status))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert (found[1][0][3] == 7).all()
+    assert found[1][2].tolist()[3] == RootStatus.KEPT_PREVIOUS

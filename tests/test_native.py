@@ -59,11 +59,11 @@ def test_bound_of_poisoned_and_empty_blocks():
     assert ops.eigenvalue_bound(torch.zeros(0, 3, 3)).shape == (0,)
 
 
-def root_of(A, p=2.0, ridge=1e-6, rank_rtol=None, previous=None, root=None):
+def root_of(A, p=2.0, ridge=1e-6, rank_rtol=None, previous=None, root=None, scale=None):
     root = torch.empty_like(A, memory_format=torch.contiguous_format) if root is None else root
     residual = A.new_full(A.shape[:1], NAN)
     status = torch.full(A.shape[:1], -1, dtype=torch.int8)
-    ops.inverse_root_eigh_(A, p, ridge, rank_rtol, previous, root, residual, status)
+    ops.inverse_root_eigh_(A, p, ridge, rank_rtol, scale, previous, root, residual, status)
     return root, residual, status
 
 

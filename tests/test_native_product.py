@@ -124,11 +124,11 @@ def test_product_refuses_what_would_leave_its_memory(out, left, right, base, sym
                  out=torch.zeros(out))  # fmt: skip
 
 
-def newton(A, p=2, ridge=1e-6, previous=None, root=None):
+def newton(A, p=2, ridge=1e-6, previous=None, root=None, scale=None):
     steps = roots.native_steps(ridge, p)
     root = torch.full(A.shape, NAN) if root is None else root
     residual, status = A.new_full(A.shape[:1], NAN), torch.zeros(len(A), dtype=torch.int8)
-    ops.inverse_root_newton_(A, p, ridge, steps, previous, root, residual, status)
+    ops.inverse_root_newton_(A, p, ridge, steps, scale, previous, root, residual, status)
     return root, residual, status
 
 

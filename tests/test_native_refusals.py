@@ -16,7 +16,7 @@ B, N = 2, 3
 def root_arguments(*before):
     """Those that every inverse root has, in the order of its schema."""
     return {
-        "A": torch.eye(N).repeat(B, 1, 1), **dict(before), "previous": None,
+        "A": torch.eye(N).repeat(B, 1, 1), **dict(before), "scale": None, "previous": None,
         "root": torch.empty(B, N, N), "residual": torch.empty(B),
         "status": torch.empty(B, dtype=torch.int8),
     }  # fmt: skip
@@ -48,7 +48,7 @@ def arguments(name):
 def wrong_tensors(name, given):
     """(argument, what is given in its place)."""
     if "previous" in given:
-        given = given | {"previous": torch.zeros(B, N, N)}
+        given = given | {"previous": torch.zeros(B, N, N), "scale": torch.ones(B)}
     for key, t in given.items():
         if not isinstance(t, torch.Tensor):
             continue

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.profiler import ProfilerActivity, profile
 from training import gradients, parameters, train
 
-from shampoo_kernels import Shampoo, use_backend
+from shampoo_kernels import Shampoo, native, use_backend
 from shampoo_kernels.optim import factors, stacks, turns
 
 
@@ -171,7 +171,8 @@ def test_small_parts_keep_every_turn(monkeypatch):
 @pytest.mark.parametrize("method", ["newton", "product", "eigh"])
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_a_refresh_keeps_to_its_workspace(monkeypatch, tmp_path, method, precision, backend):
-    """What torch allocates at most at a time; native kernels keep 3 to 5 matrices a thread more."""
+    """What torch allocates at most at a time; native kernels keep 3 to 5 matrices a thread more,
+    and of blocks that a slice picks nothing else."""
     limit, d = 1 << 20, 32
     monkeypatch.setattr(factors, "ROOT_BYTES", limit)
     own = parameters(*[(d, d)] * 1000)
@@ -192,4 +193,5 @@ def test_a_refresh_keeps_to_its_workspace(monkeypatch, tmp_path, method, precisi
         if event.name() == "[memory]":
             used += event.nbytes()
             peak = max(peak, used)
-    assert limit / 4 < peak <= limit
+    native_kernel = backend is None and method != "product" and native.lib is not None
+    assert (0 if native_kernel else limit / 4) < peak <= limit

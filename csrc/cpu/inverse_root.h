@@ -32,8 +32,8 @@ bool all_finite(const T* a, int64_t n, int64_t row_stride, int64_t column_stride
   return finite;
 }
 
-// The largest |x|; NaN if there is one, else Inf if there is one. In integers, all pairs of which are
-// ordered, so that it runs in vectors.
+// The largest |x|; NaN if there is one, else Inf if there is one. In integers, all pairs of which
+// are ordered, so that it runs in vectors.
 template <class T>
 T largest_magnitude(const T* x, int64_t count) {
   using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
@@ -48,7 +48,7 @@ T largest_magnitude(const T* x, int64_t count) {
   return result;
 }
 
-// The lower triangle of 2^-exponent A, and its bound (NaN or Inf where A is not finite).
+// The lower triangle of 2^-exponent scale A, and its bound (NaN or Inf where A is not finite).
 template <class T>
 struct ScaledBlock {
   int exponent = 0;
@@ -56,8 +56,10 @@ struct ScaledBlock {
 
   // Element (i, j), j <= i, goes to lower[i n + j], or where `by_columns` to lower[i + j n];
   // workspace: 3 n doubles.
-  ScaledBlock(const SymmetricStack<T>& stack, int64_t b, T* lower, bool by_columns,
+  ScaledBlock(const InverseRoot<T>& problem, int64_t b, T* lower, bool by_columns,
               double* workspace) {
+    const SymmetricStack<T>& stack = problem.A;
+    const double scale = problem.scale ? double(problem.scale[b * problem.scale_stride]) : 1.0;
     const int64_t n = stack.n;
     const int64_t row_stride = by_columns ? 1 : n, column_stride = by_columns ? n : 1;
     const T* a = stack.data + b * stack.block_stride;
@@ -81,9 +83,10 @@ struct ScaledBlock {
       const T x = largest_magnitude(begin(k), count(k));
       if (!(x <= largest)) largest = x;
     }
-    if (std::isfinite(largest)) std::frexp(largest, &exponent);  // else the bound will tell
+    const double most = double(largest) * scale;
+    if (std::isfinite(most)) std::frexp(most, &exponent);  // else the bound will tell
     exponent = std::clamp(exponent, -1000, 1000);
-    const double factor = std::ldexp(1.0, -exponent);
+    const double factor = std::ldexp(scale, -exponent);
     for (int64_t k = 0; k < n; ++k) {
       T* x = begin(k);
       for (int64_t i = 0; i < count(k); ++i) x[i] = T(double(x[i]) * factor);

@@ -92,7 +92,7 @@ void inverse_root_eigh(const InverseRoot<T>& problem, double rank_rtol, const Pa
     SingleThreadedMkl single_threaded;
     for (int64_t b = begin; b < end; ++b) {
       Workspace<T> work(n);
-      const ScaledBlock<T> scaled(problem.A, b, work.vectors, true, work.bound);
+      const ScaledBlock<T> scaled(problem, b, work.vectors, true, work.bound);
       const bool is_root = n == 0 || compute_root(problem, rank_rtol, plan, scaled, work);
       const double residual = is_root ? 0 : std::numeric_limits<double>::infinity();
       write_root(problem, scaled, b, work.root, is_root, residual);

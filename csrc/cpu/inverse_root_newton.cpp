@@ -50,7 +50,7 @@ void newton(const InverseRoot<float>& problem, const NewtonSchedule& schedule, i
   Workspace work(n);
   float *M = work.matrices[0], *X = work.matrices[1], *h = work.matrices[2];
   float* spare = work.matrices[3];
-  const ScaledBlock<float> scaled(problem.A, b, spare, false, work.bound);
+  const ScaledBlock<float> scaled(problem, b, spare, false, work.bound);
   if (!scaled.has_scale()) {
     const double residual = n == 0 ? 0 : std::numeric_limits<double>::infinity();
     return write_root(problem, scaled, b, X, n == 0, residual);
@@ -118,9 +118,8 @@ void inverse_root_newton(const InverseRoot<float>& problem, const NewtonSchedule
     }
   });
   for (int64_t b = whole; b < problem.A.blocks; ++b) {
-    newton(problem, schedule, b, [&](const ProductBlock<float>& block) {
-      plan(block).run_parallel(block, parallel);
-    });
+    newton(problem, schedule, b,
+           [&](const ProductBlock<float>& block) { plan(block).run_parallel(block, parallel); });
   }
 }
 

@@ -50,10 +50,7 @@ Scratch& thread_scratch() {
 template <class T>
 ProductPlan<T>::ProductPlan(const ProductIsa& isa, const ProductShape& shape, const Operand& left,
                             const Operand& right)
-    : tile_(choose_tile<T>(isa, shape, left, right)),
-      shape_(shape),
-      left_(left),
-      right_(right) {
+    : tile_(choose_tile<T>(isa, shape, left, right)), shape_(shape), left_(left), right_(right) {
   const int64_t slabs = shape.slabs, k = shape.k;
   if (slabs > 0 && k > 0) {
     if (k <= tile_.depth) {
@@ -150,7 +147,7 @@ void ProductPlan<T>::run(const ProductBlock<T>& block) const {
       tile_.pack[int(left_.dtype)](chunk(left_, block.left, c), rows, 0, rows, panels);
     }
     tile_.pack[int(right_.dtype)](chunk(right_, block.right, c), columns, 0, columns,
-                                        panels + left_size_);
+                                  panels + left_size_);
     for (int64_t i = 0; i < rows; i += tile_.block) {
       update(block, c, i, std::min(i + tile_.block, rows), 0, columns, panels);
     }
@@ -178,11 +175,11 @@ void ProductPlan<T>::run_parallel(const ProductBlock<T>& block, const Parallel& 
         if (piece < pieces.rows) {
           if (shape_.one_operand) continue;
           tile_.pack[int(left_.dtype)](chunk(left_, block.left, first + c), rows, piece * size,
-                                            std::min((piece + 1) * size, rows), to);
+                                       std::min((piece + 1) * size, rows), to);
         } else {
           const int64_t j = (piece - pieces.rows) * size;
           tile_.pack[int(right_.dtype)](chunk(right_, block.right, first + c), columns, j,
-                                              std::min(j + size, columns), to + left_size_);
+                                        std::min(j + size, columns), to + left_size_);
         }
       }
     });

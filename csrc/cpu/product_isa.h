@@ -14,10 +14,10 @@ struct ProductChunk {
   int64_t slabs, depth;
 };
 
-// Packed rows of a chunk: panels of panel_rows rows, each a sequence of steps of one value per row. T
-// is the type of the sums; a value holds one number, or two bf16 numbers of consecutive k. Left and
-// right have the same panels, of which a register tile takes all columns of a right one and some rows
-// of a left one, so that a matrix which is both is packed once.
+// Packed rows of a chunk: panels of panel_rows rows, each a sequence of steps of one value per row.
+// T is the type of the sums; a value holds one number, or two bf16 numbers of consecutive k. Left
+// and right have the same panels, of which a register tile takes all columns of a right one and
+// some rows of a left one, so that a matrix which is both is packed once.
 template <class T>
 struct ProductTile {
   int panel_rows;
@@ -54,7 +54,7 @@ struct ProductTile {
 struct ProductIsa {
   const char* name;
   ProductTile<float> f32;
-  ProductTile<float> f32_small;  // one vector of columns, for symmetric matrices with no more
+  ProductTile<float> f32_small;   // one vector of columns, for symmetric matrices with no more
   ProductTile<float> bf16_pairs;  // update_full is null where the set has none
   ProductTile<double> f64;
 };

@@ -37,17 +37,17 @@ shampoo::RootSteps<T> root_steps(const Tensor& steps, int64_t p) {
 }
 
 void inverse_root_small_(Tensor A, int64_t p, double ridge, Tensor steps, bool tensor_cores,
-                         std::optional<Tensor> previous, Tensor root, Tensor residual,
-                         Tensor status) {
+                         std::optional<Tensor> scale, std::optional<Tensor> previous, Tensor root,
+                         Tensor residual, Tensor status) {
   const char* op = "inverse_root_small_";
-  shampoo::check_inverse_root(op, A, double(p), ridge, previous, root, residual, status);
+  shampoo::check_inverse_root(op, A, double(p), ridge, scale, previous, root, residual, status);
   shampoo::check_steps(op, steps, ScalarType::Double, 6, p);
   constexpr int64_t kMost = shampoo::RootSteps<float>::kMost;
   STD_TORCH_CHECK(steps.size(0) <= kMost, op, ": steps must be at most ", kMost);
   const shampoo::OnDevice here(A);
   shampoo::by_dtype(A, [&]<class T>(T) {
     const auto problem =
-        shampoo::inverse_root_of<T>(A, double(p), ridge, previous, root, residual, status);
+        shampoo::inverse_root_of<T>(A, double(p), ridge, scale, previous, root, residual, status);
     shampoo::check_launch(op, shampoo::inverse_root_small_cuda<T>(problem, root_steps<T>(steps, p),
                                                                   tensor_cores, here.stream));
   });

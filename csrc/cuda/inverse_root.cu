@@ -34,21 +34,23 @@ struct Scratch {
   WarpScratch<T> numbers;
 };
 
-// 2^-exponent A in M, both triangles, and its bound: NaN or Inf where A is not finite.
+// 2^-exponent scale A in M, both triangles, and its bound: NaN or Inf where A is not finite.
 template <class T>
 struct ScaledMatrix {
   int exponent = 0;
   double bound = 0;
 
-  __device__ ScaledMatrix(const SymmetricStack<T>& stack, int64_t b, int leading, T* M,
+  __device__ ScaledMatrix(const InverseRoot<T>& problem, int64_t b, int leading, T* M,
                           Scratch<T>& scratch) {
+    const SymmetricStack<T>& stack = problem.A;
+    const T scale = problem.scale != nullptr ? problem.scale[b * problem.scale_stride] : T{1};
     const int n = static_cast<int>(stack.n);
     const T* a = stack.data + b * stack.block_stride;
     T largest = 0;
     for (int at = threadIdx.x; at < n * n; at += blockDim.x) {
       const int i = at / n, j = at % n;
       if (j > i) continue;
-      const T x = a[i * stack.row_stride + j * stack.column_stride];
+      const T x = scale * a[i * stack.row_stride + j * stack.column_stride];
       largest = Max::of(largest, x < 0 ? -x : x);
       M[i * leading + j] = M[j * leading + i] = x;
     }
@@ -200,7 +202,7 @@ __global__ void __launch_bounds__(Product::kMostThreads, Product::kLeastBlocks)
   for (int at = threadIdx.x; at < 3 * size; at += blockDim.x) X[at] = 0;
   __syncthreads();
 
-  const ScaledMatrix<T> scaled(problem.A, b, leading, M, scratch);
+  const ScaledMatrix<T> scaled(problem, b, leading, M, scratch);
   T residual = INFINITY;
   bool is_root = false;
   if (scaled.has_scale()) {

@@ -31,6 +31,8 @@ int run(const std::vector<int64_t>& values) {
     steps.step[i] = {c[0], c[1], c[2], c[3], c[4], c[5]};
   }
   const shampoo::InverseRoot<T> problem{{A.data(), blocks, n, n * n, n, 1},
+                                        nullptr,
+                                        0,
                                         double(p),
                                         ridge,
                                         keeps ? previous.data() : nullptr,

@@ -197,9 +197,10 @@ def _check_iteration(
 
 def compute_(
     root, residual, status, A, p, *, ridge=1e-6, design_floor=None, method="auto",
-    precision="highest", rank_rtol=None, previous=None, fallback="previous",
+    precision="highest", rank_rtol=None, previous=None, fallback="previous", scale=None,
 ) -> None:  # fmt: skip
-    """`inverse_root` of (B, n, n) into `root`, without a check; `root` may be `previous`."""
+    """`inverse_root` of A (B, n, n), of scale * A where there is a scale (B,), into `root`, without
+    a check; `root` may be `previous`."""
     floor = _floor(A, ridge, design_floor)
     backend = choose_for(_OP, A)
     retry = fallback == "eigh"
@@ -212,20 +213,23 @@ def compute_(
     if backend == "native" and A.is_cuda and not (method == "newton" and small.takes_root(A)):
         backend = choose_for(_OP, A, but="native")
     results = (root, residual, status)
-    roots.compute(method, backend, A, p, ridge, floor, rank_rtol, previous, *results, precision)
+    roots.compute(
+        method, backend, A, p, ridge, floor, rank_rtol, previous, *results, precision, scale
+    )
     if retry and method != "eigh":
-        _fall_back(*results, A, p, ridge, fallback)
+        _fall_back(*results, A, p, ridge, fallback, scale)
 
 
 def _fall_back(
     root: Tensor, residual: Tensor, status: Tensor, A: Tensor, p: float, ridge: float,
-    fallback: str,
+    fallback: str, scale: Tensor | None,
 ) -> None:  # fmt: skip
     """Compute the blocks that did not converge again, by eigh; where it fails too, keep them."""
     if not status.any():  # CONVERGED is 0
         return
     again = status.nonzero().squeeze(1)
-    part = torch.ops.shampoo_kernels.inverse_root(A[again], p, ridge=ridge, method="eigh")
+    A = A[again] if scale is None else A[again] * scale[again, None, None]
+    part = torch.ops.shampoo_kernels.inverse_root(A, p, ridge=ridge, method="eigh")
     solved = part[2] == RootStatus.CONVERGED
     again = again[solved]
     root[again], residual[again] = part[0][solved], part[1][solved]

@@ -72,29 +72,33 @@ def compute(
     residual: Tensor,
     status: Tensor,
     precision: str,
+    scale: Tensor | None,
 ) -> None:
-    """One method on one backend. Native are eigh, and newton in float32, on a CPU; newton of small
-    matrices on a GPU. On Triton iterations."""
+    """One method on one backend, of A * scale, scale (B,). Native are eigh, and newton in float32,
+    on a CPU; newton of small matrices on a GPU. On Triton iterations."""
     results = (root, residual, status)
     newton = method == "newton" and A.dtype == torch.float32
     if backend == "native" and method == "newton" and small.takes_root(A):
         dense = root if _lie_in_rows(root) else root.contiguous()
         steps = steps_with_reach(floor, int(p), A.dtype)
         torch.ops.shampoo_kernels_native.inverse_root_small_(
-            A, int(p), ridge, steps, small.tensor_cores(A.shape[-1], A.dtype), previous,
+            A, int(p), ridge, steps, small.tensor_cores(A.shape[-1], A.dtype), scale, previous,
             dense, residual, status,
         )  # fmt: skip
         if dense is not root:
             root.copy_(dense)
     elif backend == "native" and A.device.type == "cpu" and (newton or method == "eigh"):
         dense = root if _lie_in_rows(root) else root.contiguous()
-        native, rest = torch.ops.shampoo_kernels_native, (previous, dense, residual, status)
+        native, rest = torch.ops.shampoo_kernels_native, (scale, previous, dense, residual, status)
         if newton:
             native.inverse_root_newton_(A, int(p), ridge, native_steps(floor, int(p)), *rest)
         else:
             native.inverse_root_eigh_(A, p, ridge, rank_rtol, *rest)
         if dense is not root:
             root.copy_(dense)
+    elif scale is not None:
+        A = A * scale.view(-1, 1, 1)
+        compute(method, backend, A, p, ridge, floor, rank_rtol, previous, *results, precision, None)
     elif method == "eigh":
         by_eigh(A, p, ridge, rank_rtol, previous, *results)
     elif backend == "triton":

@@ -38,29 +38,31 @@ def refresh_roots_(stack: Stack, due: Sequence[int], moves: Tensor, group: dict)
     gradient's. With refresh_tolerance, roots that still fit are kept: see `_misfit`.
     """
     # an all-zero matrix, which scales by Inf, keeps its previous root
-    scale = per_block(_scale(stack, group).nan_to_num(0, 0) * moves)
+    scales = _scale(stack, group).nan_to_num(0, 0) * moves
     for side in stack.key.sides:
         p = group["p"][0 if side == LEFT else 1]
         for part in _root_parts(stack, side, due, group):
-            scaled = stack.statistic[side][part] * scale[part]
+            statistic, scale = stack.statistic[side][part], scales[part]
             if group["refresh_tolerance"] is not None:
                 root = stack.root[side][part].to(stack.dtype)
-                unfit = _misfit(scaled, root, p, group["ridge"]) > group["refresh_tolerance"]
+                misfit = _misfit(statistic * per_block(scale), root, p, group["ridge"])
+                unfit = misfit > group["refresh_tolerance"]
                 part, local = narrowed(stack, part, unfit)
-                scaled = torch.where(per_block(unfit), scaled, 0)[local]
+                statistic, scale = statistic[local], torch.where(unfit, scale, 0)[local]
             root = stack.root[side][part].to(stack.dtype)  # itself, or a copy
             residual, status = empty_results(root)
             compute_(
                 root,
                 residual,
                 status,
-                scaled,
+                statistic,
                 float(p),
                 ridge=group["ridge"],
                 rank_rtol=group["rank_rtol"],
                 method=group["root_method"],
                 precision=group["precision"],
                 previous=root,
+                scale=scale,
             )
             if not (isinstance(part, slice) and stack.root[side].dtype == stack.dtype):
                 stack.root[side][part] = root.to(stack.root[side].dtype)
@@ -139,9 +141,9 @@ def pieces(stack: Stack, due: Sequence[int], count: int) -> Iterator[slice | Ten
 def _matrices(stack: Stack, method: str) -> int:
     """d x d matrices per block that a refresh takes, in the implementation that takes most.
 
-    Native kernels keep their workspace per thread; what remains are the block's copy, its scaled
-    copy, its previous root and the result. The torch iterations take 12 in all.
+    Native kernels keep their workspace per thread and write into the state; what remains are copies
+    of a block and its root where no slice picks them. The torch iterations take 12 in all.
     """
     native = choose("inverse_root", stack.device.type, stack.dtype) == "native"
     kernel = method in ("auto", "eigh") or (method == "newton" and stack.dtype == torch.float32)
-    return 4 if native and kernel else 12
+    return 2 if native and kernel else 12
