@@ -35,11 +35,12 @@ _SEQUENCES = [
 
 
 # On a CPU the Newton iteration is worth it up to this n, below and from a floor of 1e-5 on, by the
-# instruction set of the native product. It is 4 to 18 times as accurate as LAPACK, and about as
-# fast at n = 256 (AVX2: 128): 1.1 to 1.3 times with p = 2, 0.9 with p = 4 at 1e-6, which takes 31
-# products. At 1e-4 it takes at most 21 (1e-5: 26): 0.9 of LAPACK's speed for many blocks of 1024,
-# 1.8 times for one, which both cores share (two Zen 5 cores, 2026-11-25).
-_NEWTON_LIMIT = {"avx512": (256, sys.maxsize), "avx2": (128, 128)}
+# instruction set of the native product. It is 4 to 20 times as accurate as LAPACK, and at least as
+# fast: n = 256 1.4 to 1.5 times with p = 2 and 4 at 1e-6 (23 and 24 products), 512 1.0, above 0.8
+# to 0.9, or 1.3 for one matrix, which both cores share. At 1e-5 (20, 22) it is 0.9 to 1.1 for many
+# blocks of 768 and 1024, at 1e-4 1.1. AVX2: 128 1.1 at 1e-6, 256 0.8, and 1.0 to 1.1 at 1e-4 (two
+# Zen 5 cores, 2026-11-26).
+_NEWTON_LIMIT = {"avx512": (512, sys.maxsize), "avx2": (128, 128)}
 
 
 def auto_method(
