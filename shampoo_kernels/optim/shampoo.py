@@ -22,7 +22,7 @@ class Shampoo(torch.optim.Optimizer):
     L and R are running averages of G Gᵀ and Gᵀ G over blocks of every weight matrix, M Nesterov's
     momentum. With graft="adam" every block's update takes the norm of Adam's own with that
     momentum, so that AdamW's learning rate is where to start; the best one was 0.7 times AdamW's on
-    a GPT, and 16 times on a ResNet (others of the kind: 23 to 32; bench/results/training).
+    a GPT, and 16 to 45 times on a ResNet (others of the kind: 23 to 32; bench/results/training).
     Parameters without a factor (vectors, scalars, and groups with precondition=False) run AdamW
     itself, so one optimizer covers a model; `split_params` makes the groups. Every option can be
     set per param group. Moments, statistics and roots are float32, float64 for float64 parameters.
