@@ -170,7 +170,7 @@ def test_small_roots_on_a_gpu_are_cuda_cpps(monkeypatch, method, fits, expected)
                         "native" if but is None else "triton")  # fmt: skip
     monkeypatch.setattr(inverse_root.small, "takes_root", lambda A: fits)
     monkeypatch.setattr(roots, "compute", lambda method, backend, *_: found.append(backend))
-    inverse_root._compute(None, None, None, A, 2.0, method=method)
+    inverse_root.compute_(None, None, None, A, 2.0, method=method)
     assert found == [expected]
 
 
