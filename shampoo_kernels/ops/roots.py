@@ -73,7 +73,7 @@ def compute(
     residual: Tensor,
     status: Tensor,
     precision: str,
-    scale: Tensor | None,
+    scale: Tensor | None = None,
 ) -> None:
     """One method on one backend, of A * scale, scale (B,). Native are eigh, and newton in float32,
     on a CPU; newton of small matrices on a GPU. On Triton iterations."""
