@@ -143,7 +143,7 @@ def _step(
         step = _binomial(p, degree)
     else:
         a = max(low, cushion * high)
-        step = _minimax_1(p, a, high) if degree == 1 else _minimax(p, degree, a, high)
+        step = _minimax(p, degree, a, high)
         if a > low:
             step = _centred(step, p, low, high)
     return step, *_image(step, p, low, high)
@@ -164,14 +164,6 @@ def _binomial(p: int, degree: int) -> Step:
         (-1) ** j * sum(b[i] * math.comb(i, j) for i in range(j, degree + 1))
         for j in range(degree + 1)
     )
-
-
-def _minimax_1(p: int, a: float, b: float) -> Step:
-    """h = C (T - M), f(s) = s (T - s^p): f(a) = f(b) gives T, and C centres the range on 1."""
-    T = _divided_difference(p, b, a)
-    top = (T / (p + 1)) ** (1 / p) * T * p / (p + 1)
-    C = 2 / (top + a * (T - a**p))
-    return (C * T, -C)
 
 
 def _minimax(p: int, degree: int, a: float, b: float) -> Step:
