@@ -1,3 +1,4 @@
+// The sum of squares of float32 numbers, for the vectors that there are.
 #include "squares.h"
 
 namespace shampoo {

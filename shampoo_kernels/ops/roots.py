@@ -35,11 +35,11 @@ _SEQUENCES = [
 
 
 # On a CPU the Newton iteration is worth it up to this n, below and from a floor of 1e-5 on, by the
-# instruction set of the native product. It is 4 to 20 times as accurate as LAPACK, and at least as
-# fast: n = 256 1.4 to 1.5 times with p = 2 and 4 at 1e-6 (23 and 24 products), 512 1.0, above 0.8
-# to 0.9, or 1.3 for one matrix, which both cores share. At 1e-5 (20, 22) it is 0.9 to 1.1 for many
-# blocks of 768 and 1024, at 1e-4 1.1. AVX2: 128 1.1 at 1e-6, 256 0.8, and 1.0 to 1.1 at 1e-4 (two
-# Zen 5 cores, 2026-11-26).
+# instruction set of the native product. From a condition of 1e4 on it is 4 to 20 times as accurate
+# as LAPACK (1e2: 0.9 to 1.6 times), and about as fast or faster: with p = 2 and 4 at 1e-6 (23 and
+# 24 products) n = 256 1.4 to 1.5 times, 512 1.0, above 0.8 to 0.9, or 1.3 for one matrix, which
+# both cores share. At 1e-5 (20, 22) it is 0.9 to 1.1 for many blocks of 768 and 1024, at 1e-4 1.1.
+# AVX2: 128 1.1 at 1e-6, 256 0.8, and 1.0 to 1.1 at 1e-4 (two Zen 5 cores, 2026-11-26).
 _NEWTON_LIMIT = {"avx512": (512, sys.maxsize), "avx2": (128, 128)}
 
 
@@ -78,29 +78,13 @@ def compute(
     """One method on one backend, of A * scale, scale (B,). Native are eigh, and newton in float32,
     on a CPU; newton of small matrices on a GPU. On Triton iterations."""
     results = (root, residual, status)
-    newton = method == "newton" and A.dtype == torch.float32
-    if backend == "native" and method == "newton" and small.takes_root(A):
-        dense = root if _lie_in_rows(root) else root.contiguous()
-        steps = steps_with_reach(floor, int(p), A.dtype)
-        torch.ops.shampoo_kernels_native.inverse_root_small_(
-            A, int(p), ridge, steps, small.tensor_cores(A.shape[-1], A.dtype), scale, previous,
-            dense, residual, status,
-        )  # fmt: skip
-        if dense is not root:
-            root.copy_(dense)
-    elif backend == "native" and A.device.type == "cpu" and (newton or method == "eigh"):
-        dense = root if _lie_in_rows(root) else root.contiguous()
-        native, rest = torch.ops.shampoo_kernels_native, (scale, previous, dense, residual, status)
-        if newton:
-            native.inverse_root_newton_(A, int(p), ridge, native_steps(floor, int(p)), *rest)
-        else:
-            native.inverse_root_eigh_(A, p, ridge, rank_rtol, *rest)
-        if dense is not root:
-            root.copy_(dense)
-    elif scale is not None:
+    if backend == "native" and _by_native(
+        method, A, p, ridge, floor, rank_rtol, scale, previous, *results
+    ):
+        return
+    if scale is not None:
         A = A * scale.view(-1, 1, 1)
-        compute(method, backend, A, p, ridge, floor, rank_rtol, previous, *results, precision, None)
-    elif method == "eigh":
+    if method == "eigh":
         by_eigh(A, p, ridge, rank_rtol, previous, *results)
     elif backend == "triton":
         from shampoo_kernels.kernels import graphs  # needs triton
@@ -130,6 +114,28 @@ def _in_chunks(
         kept = previous[0][part] if previous else None
         results = [result[part] for result in outputs]
         by_iteration(method, A[part], p, ridge, floor, kept, *results, precision=precision)
+
+
+def _by_native(
+    method: str, A: Tensor, p: float, ridge: float, floor: float, rank_rtol: float | None,
+    scale: Tensor | None, previous: Tensor | None, root: Tensor, residual: Tensor, status: Tensor,
+) -> bool:  # fmt: skip
+    """`compute` by the native kernel, if there is one."""
+    ops, whole = torch.ops.shampoo_kernels_native, int(p)
+    dense = root if _lie_in_rows(root) else root.contiguous()
+    rest = (scale, previous, dense, residual, status)
+    if method == "newton" and small.takes_root(A):
+        steps, cores = steps_with_reach(floor, whole, A.dtype), small.tensor_cores
+        ops.inverse_root_small_(A, whole, ridge, steps, cores(A.shape[-1], A.dtype), *rest)
+    elif method == "newton" and A.is_cpu and A.dtype == torch.float32:
+        ops.inverse_root_newton_(A, whole, ridge, native_steps(floor, whole), *rest)
+    elif method == "eigh" and A.is_cpu:
+        ops.inverse_root_eigh_(A, p, ridge, rank_rtol, *rest)
+    else:
+        return False
+    if dense is not root:
+        root.copy_(dense)
+    return True
 
 
 def _lie_in_rows(stack: Tensor) -> bool:
@@ -196,10 +202,10 @@ def schedule(method: str, floor: float, p: int, dtype: torch.dtype) -> tuple[Ste
     23 at 1e-6 (25), p = 4 24 at 1e-6 (31). Rounding does what it did (n = 17 to 128, the families
     of tests/matrices.py); schedules that begin with degree 1 round more.
 
-    float32 M-form, floor 1e-6, condition 10: p = 2, n = 128, cushion 0.1: error 1.7e-6, none:
-    4.3e-5; p = 4, n = 33, cushion 0.2: 1.6e-6, 0.14: 4.1e-6, none: 1.2e-4; p = 12, n = 24, cushion
-    0.7: 3e-7, 0.3: 4e-5. The steps run to rounding, so that the residual, that of the last step's
-    input, is below its limit.
+    float32 M-form by degree 2, floor 1e-6, condition 10: p = 2, n = 128, cushion 0.1: error 1.7e-6,
+    none: 4.3e-5; p = 4, n = 33, cushion 0.2: 1.6e-6, 0.14: 4.1e-6, none: 1.2e-4; p = 12, n = 24,
+    cushion 0.7: 3e-7, 0.3: 4e-5. The steps run to rounding, so that the residual, that of the last
+    step's input, is below its limit.
     """
     tolerance = 1e-7 if dtype == torch.float32 else 1e-14
     least, most = (min(0.0017 ** (1 / p), 0.9), 0.9) if method == "newton" else (0.0, 0.3)
