@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from gpu_checks_pieces import check_moments, check_pack_finite
+from gpu_matrices import without_waiting
 
 from shampoo_kernels import (
     eigenvalue_bound,
@@ -172,11 +173,7 @@ def check_graph() -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with use_backend("native"), torch.cuda.stream(stream):
         everything()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            expected = [x.clone() for x in everything()]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        expected = without_waiting(everything)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):

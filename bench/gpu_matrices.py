@@ -1,8 +1,11 @@
-"""Matrices for the checks and benchmarks on a GPU, and the truth about them, in float64."""
+"""What the checks and benchmarks on a GPU share: matrices, the truth about them in float64, and the
+proof that nothing waits for the device."""
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from shampoo_kernels import eigenvalue_bound
 
@@ -15,32 +18,41 @@ UNITS = {"16-bit": 0.0, "ieee": 0.0, "tf32x3": 2.0**-19, "bf16x6": 2.0**-19, "bf
          "tf32": 2.0**-9, "bf16": 2.0**-7}  # fmt: skip
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = FLOAT32) -> torch.Tensor:
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = FLOAT32) -> Tensor:
     generator = torch.Generator(DEVICE).manual_seed(seed)
     return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
 
 
-def integers(*shape: int, largest: int = 8, seed: int = 0) -> torch.Tensor:
+def integers(*shape: int, largest: int = 8, seed: int = 0) -> Tensor:
     generator = torch.Generator(DEVICE).manual_seed(seed)
     return torch.randint(-largest, largest + 1, shape, generator=generator, device=DEVICE)
 
 
-def poisoned(*shape: int, dtype: torch.dtype = FLOAT32) -> torch.Tensor:
+def poisoned(*shape: int, dtype: torch.dtype = FLOAT32) -> Tensor:
     return torch.full(shape, math.nan, device=DEVICE, dtype=dtype)
 
 
-def relative(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
+def relative(X: Tensor, Y: Tensor) -> Tensor:
     return (X.double() - Y.double()).norm(dim=(-2, -1)) / Y.double().norm(dim=(-2, -1))
 
 
-def spectrum(n: int, kappa: float, blocks: int = 2) -> torch.Tensor:
+def spectrum(n: int, kappa: float, blocks: int = 2) -> Tensor:
     Q = torch.linalg.qr(draw(blocks, n, n).double()).Q
     values = torch.logspace(0, -math.log10(kappa), n, dtype=torch.float64, device=DEVICE)
     A = (Q * values) @ Q.mT
     return ((A + A.mT) / 2).float()
 
 
-def truth(A: torch.Tensor, p: int, ridge: float) -> torch.Tensor:
+def truth(A: Tensor, p: int, ridge: float) -> Tensor:
     values, vectors = torch.linalg.eigh(A.double())
     shifted = values.clamp(min=0) + ridge * eigenvalue_bound(A).double()[..., None]
     return (vectors * shifted.pow(-1 / p)[..., None, :]) @ vectors.mT
+
+
+def without_waiting(function: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Clones of what it returns; to wait for the device on the way is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return [x.clone() for x in function()]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
